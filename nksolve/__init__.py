@@ -1,0 +1,1 @@
+"""Newton–Krylov solvers for JAX: linearise once, share everything."""

@@ -1,0 +1,176 @@
+"""What a Krylov method is: a Lineax solver that Newton can also call directly."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import lineax as lx
+from equinox import AbstractVar
+from jaxtyping import PyTree
+
+from .. import tree
+from ..precondition.base import AbstractPreconditioner
+from ..typing import Args, Count, LinearFn, Scalar, ScalarLike, Vector, Y
+from .basis import as_real_space
+
+
+class LinearSystem(NamedTuple):
+    """A x = b without b: `mv` is v → A v, `psolve` v → M⁻¹v (`None` without preconditioner).
+
+    `real` says that inner products are real: always for real vectors, and for complex ones when A
+    is only real-linear, so that ℂⁿ counts as ℝ²ⁿ.
+    """
+
+    mv: LinearFn
+    psolve: LinearFn | None
+    real: bool
+
+
+class KrylovResult(NamedTuple):
+    """What `AbstractKrylovSolver.solve` returns; counters as in the stats.
+
+    `descent` is Re⟨b, A x⟩ (`None` where the method does not know it without a further matvec).
+    """
+
+    value: Vector
+    residual_norm: Scalar
+    descent: Scalar | None
+    result: lx.RESULTS
+    num_steps: Count
+    num_matvecs: Count
+    num_preconditioner_applications: Count
+    num_restarts: Count
+    workspace: PyTree
+
+
+class AbstractKrylovSolver(lx.AbstractLinearSolver):
+    """A Krylov method: a `lineax.AbstractLinearSolver` for square, matrix-free operators.
+
+    As a Lineax solver (`lx.linear_solve(operator, vector, solver)`) it solves to
+    ‖b − A x‖ ≤ atol + rtol ‖b‖, checked on the true residual. Newton calls `solve` directly, with a
+    tolerance of its own and a workspace that is allocated once.
+
+    Laws: `transpose(init(A))` is `init(A.T)`, with the transposed preconditioner; `rtol` and `atol`
+    may be traced.
+
+    Options of `lx.linear_solve`: `y0`, an initial guess, and `preconditioner`, an operator that
+    replaces that of the `preconditioner` field; no others.
+    """
+
+    rtol: AbstractVar[ScalarLike]
+    atol: AbstractVar[ScalarLike]
+    preconditioner: AbstractVar[AbstractPreconditioner]
+
+    @abc.abstractmethod
+    def workspace(self, vector: Vector, *, real: bool) -> PyTree:
+        """The memory of a solve with right-hand sides like `vector`, to be passed to `solve`."""
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        system: LinearSystem,
+        vector: Vector,
+        *,
+        tolerance: ScalarLike,
+        workspace: PyTree,
+        guess: Vector | None = None,
+        verify: bool = False,
+    ) -> KrylovResult:
+        """Solves A x = vector until the residual norm is at most `tolerance` (absolute).
+
+        With an infinite tolerance it does nothing and returns zero. `verify` holds success back
+        until the true residual, recomputed by one further matvec, passes the test; without it the
+        method's own estimate decides.
+        """
+
+    def prepare(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> "KrylovState":
+        """The state of a linear solve at a linearisation: the operator and its preconditioner."""
+        state = self.preconditioner.init(operator, y, args)
+        return KrylovState(operator, self.preconditioner.as_operator(state))
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> "KrylovState":
+        unknown = set(options) - {"preconditioner", "y0"}
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} does not know the options {sorted(unknown)}; it takes "
+                "`y0` and `preconditioner`. Everything else is a field of the solver."
+            )
+        if operator.in_structure() != operator.out_structure():
+            raise ValueError(
+                f"{type(self).__name__} solves square systems whose unknown and right-hand side "
+                f"have the same structure; got {operator.in_structure()} and "
+                f"{operator.out_structure()}."
+            )
+        if "preconditioner" in options:
+            return KrylovState(lx.linearise(operator), options["preconditioner"])
+        return self.prepare(lx.linearise(operator), None, None)
+
+    def compute(
+        self, state: "KrylovState", vector: Vector, options: dict[str, Any]
+    ) -> tuple[Vector, lx.RESULTS, dict[str, Any]]:
+        real = as_real_space(vector, holomorphic=True)
+        out = self.solve(
+            state.system(real),
+            vector,
+            tolerance=self.tolerance(vector),
+            workspace=self.workspace(vector, real=real),
+            guess=options.get("y0"),
+            verify=True,
+        )
+        stats = {
+            "num_steps": out.num_steps,
+            "num_matvecs": out.num_matvecs,
+            "num_preconditioner_applications": out.num_preconditioner_applications,
+            "num_restarts": out.num_restarts,
+            "residual_norm": out.residual_norm,
+        }
+        return out.value, out.result, stats
+
+    def tolerance(self, vector: Vector) -> Scalar:
+        """atol + rtol ‖vector‖₂."""
+        norm = tree.norm2(vector)
+        return _cast(self.atol, norm) + _cast(self.rtol, norm) * norm
+
+    def transpose(
+        self, state: "KrylovState", options: dict[str, Any]
+    ) -> tuple["KrylovState", dict[str, Any]]:
+        return state.transpose(), {}
+
+    def conj(
+        self, state: "KrylovState", options: dict[str, Any]
+    ) -> tuple["KrylovState", dict[str, Any]]:
+        return KrylovState(lx.conj(state.operator), lx.conj(state.preconditioner)), {}
+
+    def assume_full_rank(self) -> bool:
+        return True
+
+
+class KrylovState(eqx.Module):
+    """An operator A and a preconditioner M⁻¹ ≈ A⁻¹, both Lineax operators."""
+
+    operator: lx.AbstractLinearOperator
+    preconditioner: lx.AbstractLinearOperator
+
+    def system(self, real: bool) -> LinearSystem:
+        """The system as functions."""
+        identity = isinstance(self.preconditioner, lx.IdentityLinearOperator)
+        return LinearSystem(
+            self.operator.mv, None if identity else self.preconditioner.mv, real
+        )
+
+    def transpose(self) -> "KrylovState":
+        """The state of Aᵀ: its preconditioner is M⁻ᵀ."""
+        return KrylovState(self.operator.transpose(), self.preconditioner.transpose())
+
+
+def check_tolerances(rtol: Any, atol: Any) -> None:
+    """Raises for tolerances that are known to be negative or NaN."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"`{name}` must not be negative, but it is {value}.")
+
+
+def _cast(value: ScalarLike, like: Scalar) -> Scalar:
+    return jnp.asarray(value).astype(like.dtype)

@@ -1,0 +1,1 @@
+"""Floor 1: a residual is linearised once, and everything downstream uses that."""

@@ -1,0 +1,15 @@
+"""Tools for the tests: run-time counters, jaxpr and HLO readers, a gallery of matrices."""
+
+from .counting import Count as Count, Counter as Counter
+from .gallery import GALLERY as GALLERY, Case as Case
+from .hlo import (
+    Collective as Collective,
+    collectives as collectives,
+    selects_at_least as selects_at_least,
+    square_tensors as square_tensors,
+)
+from .jaxprs import (
+    count_primitive as count_primitive,
+    square_values as square_values,
+    walk as walk,
+)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optimistix as optx
 
 from .loops import Enumeration
-from .typing import Flag
+from .typing import Count, Flag
 
 
 class REASONS(Enumeration):  # pyright: ignore[reportGeneralTypeIssues]
@@ -64,6 +64,17 @@ _OPTX = (
     (REASONS.stagnated, optx.RESULTS.stagnation),
     (REASONS.nonfinite, optx.RESULTS.nonfinite),
 )
+
+
+def code(reason: REASONS) -> Count:
+    """The integer that stands for a reason."""
+    return jnp.asarray(reason._value)
+
+
+def reason_name(reason: REASONS | int) -> str:
+    """The name of a reason (or of its integer code), such as `"residual_rtol"`."""
+    value = int(reason) if not hasattr(reason, "_value") else int(reason._value)
+    return list(REASONS._name_to_item)[value]
 
 
 def to_optimistix(reason: REASONS) -> optx.RESULTS:

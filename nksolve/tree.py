@@ -6,14 +6,18 @@ so that nothing here depends on implicit dtype promotion.
 """
 
 import functools as ft
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .typing import Count, Flag, Scalar, ScalarLike, Vector
+
+#: The shapes and dtypes of a `Vector`.
+Structure: TypeAlias = PyTree[jax.ShapeDtypeStruct]
 
 
 def real_dtype(tree: Vector) -> np.dtype:
@@ -102,7 +106,7 @@ def conj(a: Vector) -> Vector:
     return jtu.tree_map(jnp.conj, a)
 
 
-def zeros_like(a: Vector) -> Vector:
+def zeros_like(a: Vector | Structure) -> Vector:
     """The zero vector of a's space (a may also be a tree of `jax.ShapeDtypeStruct`s)."""
     return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), a)
 
@@ -123,18 +127,18 @@ def all_finite(a: Vector) -> Flag:
     return ft.reduce(jnp.logical_and, flags, jnp.array(True))
 
 
-def structure(a: Vector) -> Vector:
+def structure(a: Vector) -> Structure:
     """The tree of `jax.ShapeDtypeStruct`s of a vector."""
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), a)
 
 
-def freeze(structure: Vector) -> tuple:
+def freeze(structure: Structure) -> tuple:
     """A tree of structs as a hashable value, for a static field; `thaw` undoes it."""
     leaves, treedef = jtu.tree_flatten(structure)
     return tuple(leaves), treedef
 
 
-def thaw(frozen: tuple) -> Vector:
+def thaw(frozen: tuple) -> Structure:
     """The tree that was frozen."""
     leaves, treedef = frozen
     return jtu.tree_unflatten(treedef, leaves)

@@ -73,6 +73,16 @@ class Hessenberg(eqx.Module):
             jnp.where(when, self.columns + 1, self.columns),
         )
 
+    def dependent(self, h: Inexact[Array, " rows"], scale: Scalar) -> Flag:
+        """Whether a column `h` without subdiagonal lies in the range of H̄, to rounding.
+
+        Then uᴴh = 0: A is singular on the invariant space that has been reached, and the column
+        reduces nothing.
+        """
+        product = jnp.abs(jnp.sum(self.null.conj() * h))
+        eps = jnp.finfo(scale.dtype).eps
+        return product <= 100 * eps * jnp.sqrt(self.null_square) * scale
+
     def residual_norm(self, beta: Scalar) -> Scalar:
         """min_y ‖β e₁ − H̄ y‖."""
         return beta / jnp.sqrt(self.null_square)

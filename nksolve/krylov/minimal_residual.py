@@ -189,7 +189,11 @@ def _start(
 def _extended(lane: _Lane, j: Count, new: Appended, limits: _Limits) -> _Lane:
     """After the Arnoldi step that made column j."""
     finite = jnp.isfinite(new.norm) & jnp.isfinite(new.norm_before)
-    advance = lane.running & finite
+    # A z_j lies in the span of the basis: the space is invariant and holds the solution, unless A
+    # is singular on it.
+    invariant = new.norm <= 10 * limits.eps * new.norm_before
+    singular = invariant & lane.hessenberg.dependent(new.coefficients, new.norm_before)
+    advance = lane.running & finite & ~singular
     hessenberg = lane.hessenberg.extended(
         j, new.coefficients, new.norm, new.norm_before, advance
     )
@@ -197,9 +201,6 @@ def _extended(lane: _Lane, j: Count, new: Appended, limits: _Limits) -> _Lane:
     residual = jnp.where(advance, hessenberg.residual_norm(lane.beta), lane.residual)
     converged = residual <= limits.target
     exhausted = steps >= limits.max_steps
-    # A z_j lies in the span of the basis: the space is invariant and holds the solution, unless A
-    # is singular on it.
-    invariant = new.norm <= 10 * limits.eps * new.norm_before
     finished = (exhausted & ~converged) | ~finite
     if not limits.verify:
         finished = finished | converged

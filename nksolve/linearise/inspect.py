@@ -8,7 +8,8 @@ linearisation from being made once:
 - a `while_loop`: its number of trips is not known, so JAX has no place to keep its intermediate
   values. `jax.linearize` does not fail: it runs the whole loop again inside every matvec, and the
   result has no transpose;
-- a `custom_vjp`: it has a reverse rule and no forward one.
+- a `custom_vjp`: it has a reverse rule and no forward one. Reverse mode and its transpose do,
+  unless the rule itself runs such a loop.
 
 Primitives with a derivative rule of their own (`custom_jvp`, `lax.custom_linear_solve`,
 `lax.custom_root`, `lx.linear_solve`) are not looked into: their rule replaces what they compute.
@@ -108,7 +109,31 @@ def check_traced(jaxpr: jec.Jaxpr, num_unknowns: int, policy: AbstractPolicy) ->
     if policy.mode == "none":
         return
     num_others = len(jaxpr.invars) - num_unknowns
-    _Walk(policy).jaxpr(jaxpr, [True] * num_unknowns + [False] * num_others)
+    walk = _Walk(policy, _while_text)
+    walk.jaxpr(jaxpr, [True] * num_unknowns + [False] * num_others)
+    if walk.met_custom_vjp:
+        _check_transposable(jaxpr, num_unknowns, policy)
+
+
+def _check_transposable(jaxpr: jec.Jaxpr, num_unknowns: int, policy: AbstractPolicy) -> None:
+    # What a reverse rule does is seen only by running it. J v is the transpose of the rule, and
+    # there is none of a `while_loop` on the cotangent.
+    consts, inputs, outputs = (
+        [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in variables]
+        for variables in (jaxpr.constvars, jaxpr.invars, filter(_inexact, jaxpr.outvars))
+    )
+    is_inexact = [_inexact(atom) for atom in jaxpr.outvars]
+
+    def pull_back(cotangents, consts, inputs):
+        def run(*unknowns):
+            out = jax.core.eval_jaxpr(jaxpr, consts, *unknowns, *inputs[num_unknowns:])
+            return [x for x, keep in zip(out, is_inexact, strict=True) if keep]
+
+        return jax.vjp(run, *inputs[:num_unknowns])[1](cotangents)
+
+    closed = jax.make_jaxpr(pull_back)(outputs, consts, inputs)
+    flags = [True] * len(outputs) + [False] * (len(closed.jaxpr.invars) - len(outputs))
+    _Walk(policy, _reverse_while_text).jaxpr(closed.jaxpr, flags)
 
 
 #: Zero derivative with an inexact result.
@@ -120,8 +145,10 @@ _OWN_RULE = frozenset({"custom_jvp_call", "custom_linear_solve", "linear_solve"}
 class _Walk:
     """Follows tangents through a jaxpr; raises at what the policy cannot do."""
 
-    def __init__(self, policy: AbstractPolicy):
+    def __init__(self, policy: AbstractPolicy, while_text: Callable[..., str]):
         self.policy = policy
+        self.while_text = while_text
+        self.met_custom_vjp = False
 
     def jaxpr(self, jaxpr: jec.Jaxpr, inputs: Sequence[bool]) -> list[bool]:
         """Which outputs carry a tangent, when the given inputs do."""
@@ -148,6 +175,7 @@ class _Walk:
         if name.startswith("custom_vjp_call"):
             if self.policy.mode == "forward":
                 raise LinearisationError(_custom_vjp_text(eqn, self.policy))
+            self.met_custom_vjp = True
             return everything
         if name == "while":
             return self.while_loop(eqn, inputs)
@@ -169,7 +197,7 @@ class _Walk:
         body = inputs[eqn.params["cond_nconsts"] :]
         num_consts = eqn.params["body_nconsts"]
         if any(body) and self.policy.stores:
-            raise LinearisationError(_while_text(eqn, self.policy))
+            raise LinearisationError(self.while_text(eqn, self.policy))
         num_carry = len(body) - num_consts
         return self.loop(_open(eqn.params["body_jaxpr"]), body, num_consts, num_carry)
 
@@ -224,8 +252,19 @@ on y{_place(eqn)}. It has a reverse rule only, and {_policy_name(policy)} works 
 Ways out:
 - `policy=nks.Transposed()`, which keeps what reverse mode keeps and transposes it for J v;
 - `jax.custom_jvp` in its place, which serves both modes;
-- if it is a loop of Equinox or Diffrax (checkpointed, or a recursive-checkpoint adjoint): \
+- if it is a loop of Equinox or Diffrax (`kind="checkpointed"`, a recursive-checkpoint adjoint): \
 `kind="bounded"`, or an adjoint with a forward mode."""
+
+
+def _reverse_while_text(eqn: jec.JaxprEqn, policy: AbstractPolicy) -> str:
+    return f"""The residual calls a `jax.custom_vjp` function whose reverse rule runs a `while_loop` \
+on the cotangent{_place(eqn)}. {_policy_name(policy)} transposes that rule to get J v, and a loop \
+whose number of trips is not known has no transpose. Ways out:
+- if it is a loop of Equinox or Diffrax (`kind="checkpointed"`, a recursive-checkpoint adjoint): \
+`kind="bounded"`, or an adjoint with a forward mode;
+- if it solves an inner equation: implicit differentiation by a `jax.custom_jvp`, as in \
+`nks.root_find` or `jax.lax.custom_root`;
+- `policy=nks.FiniteDifference()`, forward only."""
 
 
 def _call_jaxpr(eqn: jec.JaxprEqn) -> Any:

@@ -4,6 +4,8 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .. import tree
 from ..typing import Args, Aux, Fn, Vector, Y
@@ -58,7 +60,7 @@ class _Residual(eqx.Module):
         out = self.fn(eqx.combine(y, self.static_y), eqx.combine(args, self.static_args))
         value, aux = out if self.has_aux else (out, None)
         check_residual(value)
-        return value, aux
+        return jtu.tree_map(jnp.asarray, value), aux
 
 
 def linearise(

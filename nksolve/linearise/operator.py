@@ -88,8 +88,8 @@ class JacobianOperator(lx.AbstractLinearOperator):
     def __init__(
         self,
         linear_map: AbstractLinearMap,
-        in_structure: Vector,
-        out_structure: Vector,
+        in_structure: tree.Structure,
+        out_structure: tree.Structure,
         tags: frozenset = frozenset(),
     ):
         self.linear_map = linear_map
@@ -113,10 +113,10 @@ class JacobianOperator(lx.AbstractLinearOperator):
     def as_matrix(self) -> Array:
         return lx.materialise(self).as_matrix()
 
-    def in_structure(self) -> Vector:
+    def in_structure(self) -> tree.Structure:
         return tree.thaw(self._in)
 
-    def out_structure(self) -> Vector:
+    def out_structure(self) -> tree.Structure:
         return tree.thaw(self._out)
 
 

@@ -154,6 +154,8 @@ class Checkpointed(AbstractPolicy):
 
 def _stored(fn: JointFn, y: Vector, params: Vector) -> Linearised:
     value, lin, aux = jax.linearize(fn, y, params, has_aux=True)
+    # A constant comes out of `jax.checkpoint` as a number.
+    value = jtu.tree_map(jnp.asarray, value)
     joint = FunctionMap(_Bound(_apply_pair, lin), tree.structure((y, params)))
     lin_y = _pruned(lin, y, params) if jtu.tree_leaves(params) else _Bound(_apply_y, (lin, params))
     return Linearised(value, aux, FunctionMap(lin_y, tree.structure(y)), joint)

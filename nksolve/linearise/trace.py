@@ -105,8 +105,9 @@ class LinearisedProgram:
         self._num_out = self._out_treedef.num_leaves
         closed, self._places = distinct(inline(closed), self._num_out)
         self._split = SplitJaxpr(closed, len(jtu.tree_leaves(y)))
-        (value, _), _ = outputs
+        (value, smooth), _ = outputs
         self.in_structure = tree.structure(y)
+        self.aux_structure = tree.structure(smooth)
         self.out_structure = tree.structure(value)
 
     def split(self, params: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -173,17 +174,32 @@ class ProgramAt(AbstractLinearisable):
         """The same, whose aux is `(aux, kept arrays)`."""
         return ProgramAt(self.program, self.cold, keep=True)
 
-    def linearise(self, y: Vector, tags: frozenset[object]) -> Linearisation:
-        ((value, smooth), rest), kept = self.program.evaluate(self.cold, y)
-        jacobian, joint = self.program.maps(self.cold, kept)
-        aux = eqx.combine(smooth, rest)
+    def linearise(self, y: Y, tags: frozenset[object]) -> Linearisation:
+        variables = eqx.filter(y, eqx.is_inexact_array)
+        ((value, smooth), rest), kept = self.program.evaluate(self.cold, variables)
+        lin = self._assembled(value, smooth, rest, kept, tags)
+        if self.keep:
+            lin = eqx.tree_at(lambda x: x.aux, lin, (lin.aux, kept), is_leaf=_is_none)
+        return lin
+
+    def recalled(self, kept: Sequence[Array], tags: frozenset[object]) -> Linearisation:
+        """The linearisation (without value and aux) whose kept arrays these are."""
+        return self._assembled(None, None, None, kept, tags)
+
+    def _assembled(self, value, smooth, rest, kept, tags) -> Linearisation:
+        program = self.program
+        jacobian, joint = program.maps(self.cold, kept)
         operator = JacobianOperator(
-            First(jacobian, tree.structure(smooth)),
-            self.program.in_structure,
-            self.program.out_structure,
+            First(jacobian, program.aux_structure),
+            program.in_structure,
+            program.out_structure,
             tags,
         )
-        return Linearisation(value, (aux, kept) if self.keep else aux, operator, joint)
+        return Linearisation(value, eqx.combine(smooth, rest), operator, joint)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 class First(AbstractLinearMap):

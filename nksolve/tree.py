@@ -127,7 +127,7 @@ def all_finite(a: Vector) -> Flag:
     return ft.reduce(jnp.logical_and, flags, jnp.array(True))
 
 
-def structure(a: Vector) -> Structure:
+def structure(a: Vector | Structure) -> Structure:
     """The tree of `jax.ShapeDtypeStruct`s of a vector."""
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), a)
 

@@ -54,10 +54,10 @@ class Hessenberg(eqx.Module):
         """With column j: entries `h` above, `subdiagonal` = h_{j+1,j} ≥ 0 below.
 
         `scale` is the norm of the vector that the column came from. A vanishing subdiagonal is
-        floored at ε² scale: a backward-stable perturbation that keeps T regular.
+        floored at ε scale: a backward-stable perturbation that keeps T regular and ‖u‖² finite.
         """
         eps = jnp.finfo(subdiagonal.dtype).eps
-        floored = jnp.maximum(subdiagonal, eps * eps * scale)
+        floored = jnp.maximum(subdiagonal, eps * scale)
         floored = jnp.where(floored > 0, floored, jnp.ones_like(floored))
         below = jnp.arange(self.null.shape[0], dtype=jnp.int32) == j + 1
         column = jnp.where(below, floored.astype(h.dtype), h)

@@ -41,7 +41,7 @@ class _Lane(NamedTuple):
     running: Flag  # still extending this cycle's space
     done: Flag
     stagnated: Flag
-    broken: Flag  # A v was not finite
+    broken: Flag  # b or A v was not finite
 
 
 class _Cycle(NamedTuple):
@@ -73,6 +73,8 @@ def minimal_residual(
 
     With `left`, A and b stand for M⁻¹A and M⁻¹b, and the relative tolerance is that of M⁻¹b.
     """
+    if tree.size(vector) == 0:
+        return _nothing(vector, workspace)
     restart = workspace.arnoldi.size - 1
     mv, psolve, b, unit, relative = _scaled(system, vector, tolerance, left)
     flexible = workspace.search is not None
@@ -105,24 +107,33 @@ def minimal_residual(
             lambda c: any_lane(c.lane.running) & (c.j < restart), lambda c: step(c, x), inner
         )
         lane, (basis, search) = inner.lane, _pair(inner.workspace)
-        y = lane.hessenberg.solve(lane.beta)
-        columns = jnp.concatenate([y, jnp.zeros((1,), y.dtype)])
-        if flexible:
-            dx = search.combine(columns[: search.size], inner.j)
-        else:
-            dx = basis.combine(columns, inner.j)
-            dx = dx if psolve is None else psolve(dx)
-        # ⟨b, A dx⟩ = ⟨Vᴴb, H̄ y⟩, and Vᴴb = β e₁ in a cycle that starts at b
-        known = jnp.zeros_like(columns).at[0].set(lane.beta.astype(columns.dtype))
-        projected = lax.cond(starts_at_b, lambda: known, lambda: basis.dots(b, inner.j + 1))
-        descent += jnp.sum((projected.conj() * lane.hessenberg.image(y)).real)
+
+        def correction():
+            y = lane.hessenberg.solve(lane.beta)
+            columns = jnp.concatenate([y, jnp.zeros((1,), y.dtype)])
+            if flexible:
+                dx = search.combine(columns[: search.size], inner.j)
+            else:
+                dx = basis.combine(columns, inner.j)
+                dx = dx if psolve is None else psolve(dx)
+            # ⟨b, A dx⟩ = ⟨Vᴴb, H̄ y⟩, and Vᴴb = β e₁ in a cycle that starts at b
+            known = jnp.zeros_like(columns).at[0].set(lane.beta.astype(columns.dtype))
+            projected = lax.cond(starts_at_b, lambda: known, lambda: basis.dots(b, inner.j + 1))
+            gained = jnp.sum((projected.conj() * lane.hessenberg.image(y)).real)
+            return tree.add(x, dx), descent + gained
+
+        # The restart step that verifies a solution makes no column: nothing to add.
+        x, descent = lax.cond(inner.j > 0, correction, lambda: (x, descent))
         lane = lane._replace(
             hessenberg=lane.hessenberg.cleared(jnp.array(True)), running=~lane.done
         )
-        return _Cycle(jnp.full_like(inner.j, -1), inner.workspace, lane), tree.add(x, dx), descent
+        return _Cycle(jnp.full_like(inner.j, -1), inner.workspace, lane), x, descent
 
-    start = _start(b, guess, unit, workspace, limits)
-    x = tree.zeros_like(b) if guess is None else tree.scale(1 / unit, guess)
+    norm = tree.norm2(b)
+    start = _start(b, norm, guess is not None, workspace, limits)
+    x = tree.zeros_like(b)
+    if guess is not None:  # worth nothing where b = 0, whose solution is known
+        x = tree.where(norm > 0, tree.scale(1 / unit, guess), x)
     inner, x, descent = lax.while_loop(
         lambda carry: any_lane(~carry[0].lane.done), cycle, (start, x, jnp.zeros_like(unit))
     )
@@ -137,6 +148,14 @@ def minimal_residual(
         num_preconditioner_applications=_applications(system, lane, left, flexible),
         num_restarts=lane.restarts,
         workspace=inner.workspace,
+    )
+
+
+def _nothing(vector: Vector, workspace: Workspace) -> KrylovResult:
+    """The solution of no equations."""
+    no, none = tree.norm2(vector), jnp.zeros((), jnp.int32)
+    return KrylovResult(
+        vector, no, no, lx.RESULTS.successful, none, none, none, none, workspace
     )
 
 
@@ -166,23 +185,25 @@ def _pair(workspace: Workspace) -> tuple[Basis, Basis | None]:
 
 
 def _start(
-    b: Vector, guess: Vector | None, unit: Scalar, workspace: Workspace, limits: _Limits
+    b: Vector, norm: Scalar, guessed: bool, workspace: Workspace, limits: _Limits
 ) -> _Cycle:
     basis = workspace.arnoldi
     dtype = tree.real_dtype(b) if basis.real else tree.scalar_dtype(b)
     first = jnp.zeros((), jnp.int32)
-    if guess is None:
-        beta = tree.norm2(b)
-        basis = basis.set_row(first, b)
-        done = ~(beta > limits.target)
+    broken = ~jnp.isfinite(norm)
+    if guessed:
+        beta = jnp.full_like(norm, jnp.inf)
+        done = jnp.isinf(limits.target) | broken
     else:
-        beta = jnp.full_like(unit, jnp.inf)
-        done = jnp.isinf(limits.target)
+        beta = norm
+        basis = basis.set_row(first, tree.where(broken, tree.zeros_like(b), b))
+        done = ~(beta > limits.target) | broken
+    beta = jnp.where(broken, jnp.nan, beta)  # which passes no test
     zero = jnp.zeros_like(beta, jnp.int32)
     no = jnp.zeros_like(done)
     hessenberg = Hessenberg.empty(basis.size - 1, dtype)
-    lane = _Lane(hessenberg, beta, beta, zero, zero, zero, ~done, done, no, no)
-    j = first if guess is None else first - 1
+    lane = _Lane(hessenberg, beta, beta, zero, zero, zero, ~done, done, no, broken)
+    j = first - 1 if guessed else first
     return _Cycle(j, Workspace(basis, workspace.search), lane)
 
 
@@ -200,6 +221,8 @@ def _extended(lane: _Lane, j: Count, new: Appended, limits: _Limits) -> _Lane:
     steps = lane.steps + tree.count(lane.running)
     residual = jnp.where(advance, hessenberg.residual_norm(lane.beta), lane.residual)
     converged = residual <= limits.target
+    # Below rounding the estimate says nothing of b − A x any more (and ‖u‖² would overflow).
+    resolved = residual <= limits.eps * lane.beta
     exhausted = steps >= limits.max_steps
     finished = (exhausted & ~converged) | ~finite
     if not limits.verify:
@@ -209,7 +232,7 @@ def _extended(lane: _Lane, j: Count, new: Appended, limits: _Limits) -> _Lane:
         residual=residual,
         steps=steps,
         matvecs=lane.matvecs + tree.count(lane.running),
-        running=advance & ~(converged | exhausted | invariant),
+        running=advance & ~(converged | resolved | exhausted | invariant),
         done=lane.done | (lane.running & finished),
         broken=lane.broken | (lane.running & ~finite),
     )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Inexact
 
 from .. import tree
@@ -79,7 +80,8 @@ class MGS(AbstractOrthogonalisation):
             row = basis.row(i)
             product = tree.vdot(row, w)
             product = (product.real if basis.real else product).astype(h.dtype)
-            return tree.axpy(-product, row, w), h.at[i].set(product)
+            w = jtu.tree_map(lambda v, x: x - product.astype(x.dtype) * v, row, w)
+            return w, h.at[i].set(product)
 
         w, coefficients = lax.fori_loop(0, filled, project, (w, coefficients))
         norm = tree.norm2(w)

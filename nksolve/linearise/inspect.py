@@ -229,16 +229,16 @@ def _policy_name(policy: AbstractPolicy) -> str:
 
 
 def _while_text(eqn: jec.JaxprEqn, policy: AbstractPolicy) -> str:
-    return f"""The residual runs a `while_loop` on values that depend on y{_place(eqn)}. Its number \
-of trips is not known beforehand, so {_policy_name(policy)} cannot keep what its derivative needs. \
-Ways out:
+    return f"""The residual runs a `while_loop` on values that depend on y{_place(eqn)}. Its \
+number of trips is not known beforehand, so {_policy_name(policy)} cannot keep what its derivative \
+needs. Ways out:
 - `jax.lax.scan`, or `jax.lax.fori_loop` with a number of trips that is a Python integer;
 - `equinox.internal.while_loop(..., kind="bounded", max_steps=...)`;
 - if the loop solves an inner equation: implicit differentiation, as in `nks.root_find` or \
 `jax.lax.custom_root`;
 - if only a diagnostic comes out of it: `jax.lax.stop_gradient` on what goes into it;
-- `policy=nks.Recompute()`, which runs the loop again at each matvec and has no transpose, hence no \
-gradient;
+- `policy=nks.Recompute()`, which runs the loop again at each matvec and has no transpose, hence \
+no gradient;
 - `policy=nks.FiniteDifference()`, likewise forward only.
 A loop that depends on `args` alone does no harm."""
 
@@ -257,9 +257,9 @@ Ways out:
 
 
 def _reverse_while_text(eqn: jec.JaxprEqn, policy: AbstractPolicy) -> str:
-    return f"""The residual calls a `jax.custom_vjp` function whose reverse rule runs a `while_loop` \
-on the cotangent{_place(eqn)}. {_policy_name(policy)} transposes that rule to get J v, and a loop \
-whose number of trips is not known has no transpose. Ways out:
+    return f"""The residual calls a `jax.custom_vjp` function whose reverse rule runs a \
+`while_loop` on the cotangent{_place(eqn)}. {_policy_name(policy)} transposes that rule to get \
+J v, and a loop whose number of trips is not known has no transpose. Ways out:
 - if it is a loop of Equinox or Diffrax (`kind="checkpointed"`, a recursive-checkpoint adjoint): \
 `kind="bounded"`, or an adjoint with a forward mode;
 - if it solves an inner equation: implicit differentiation by a `jax.custom_jvp`, as in \
@@ -289,7 +289,16 @@ def _frames(eqn: jec.JaxprEqn) -> Iterator[tuple[str, int, str]]:
             yield tuple(found)  # pyright: ignore[reportReturnType]
 
 
-_PACKAGES = ("nksolve", "jax", "equinox", "lineax", "optimistix", "diffrax", "beartype", "jaxtyping")
+_PACKAGES = (
+    "nksolve",
+    "jax",
+    "equinox",
+    "lineax",
+    "optimistix",
+    "diffrax",
+    "beartype",
+    "jaxtyping",
+)
 
 
 def _is_library(file: str) -> bool:

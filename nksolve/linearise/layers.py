@@ -1,4 +1,4 @@
-"""`checkpoint_layers`: a network whose `Checkpointed` linearisation keeps the inputs of its layers."""
+"""`checkpoint_layers`: a network of which `nks.Checkpointed` keeps the inputs of layers."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

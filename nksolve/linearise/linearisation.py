@@ -64,7 +64,7 @@ class _Residual(eqx.Module):
 
 
 def linearise(
-    fn: Fn,
+    fn: Fn | AbstractLinearisable,
     y: Y,
     args: Args = None,
     *,

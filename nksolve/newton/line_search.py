@@ -1,7 +1,7 @@
 """From the Newton direction to the next trial point: full steps and line searches."""
 
 import abc
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from ..typing import Flag, Scalar, Vector
 _State = TypeVar("_State")
 
 
-class Judgement(NamedTuple, Generic[_State]):
+class Judgement(NamedTuple):
     """What a globalisation says of a trial point. Not accepted and not failed: try again."""
 
     accepted: Flag
     failed: Flag
-    state: _State
+    state: Any
 
 
 class AbstractGlobalisation(eqx.Module, Generic[_State]):
@@ -43,7 +43,7 @@ class AbstractGlobalisation(eqx.Module, Generic[_State]):
         """The length of that step as a fraction of the direction."""
 
     @abc.abstractmethod
-    def judge(self, state: _State, merit: Scalar) -> Judgement[_State]:
+    def judge(self, state: _State, merit: Scalar) -> Judgement:
         """Judges the trial point, whose φ is `merit` (infinite where F is not finite)."""
 
 
@@ -74,7 +74,7 @@ class AbstractLineSearch(AbstractGlobalisation[_Search]):
 class FullStep(AbstractLineSearch):
     """y + d, always: Newton's method as it stands. Fails only where F is not finite."""
 
-    def judge(self, state: _Search, merit: Scalar) -> Judgement[_Search]:
+    def judge(self, state: _Search, merit: Scalar) -> Judgement:
         finite = jnp.isfinite(merit)
         return Judgement(finite, ~finite, state)
 
@@ -94,7 +94,7 @@ class Backtracking(AbstractLineSearch):
     min_length: float = 1e-12
     max_trials: int = 40
 
-    def judge(self, state: _Search, merit: Scalar) -> Judgement[_Search]:
+    def judge(self, state: _Search, merit: Scalar) -> Judgement:
         slope, length = state.slope, state.length
         value = 0.5 * merit**2
         accepted = value <= 0.5 + self.alpha * length * slope
@@ -121,7 +121,7 @@ class Parabolic(AbstractLineSearch):
     min_length: float = 1e-12
     max_trials: int = 20
 
-    def judge(self, state: _Search, merit: Scalar) -> Judgement[_Search]:
+    def judge(self, state: _Search, merit: Scalar) -> Judgement:
         length, previous = state.length, state.previous_length
         accepted = merit <= 1 - self.alpha * length
         at_length, at_previous = merit**2 - 1, state.previous_merit**2 - 1
@@ -151,7 +151,7 @@ def _retried(
     shorter: Scalar,
     min_length: float,
     max_trials: int,
-) -> Judgement[_Search]:
+) -> Judgement:
     accepted = accepted & jnp.isfinite(merit)
     trials = state.trials + 1
     failed = ~accepted & ((trials >= max_trials) | (shorter < min_length))

@@ -63,7 +63,9 @@ def test_unknown_refused(y, place, advice):
 def test_unknown_accepted():
     key = jax.random.key(0)
     check_unknown({"f": jnp.tanh, "s": "text", "n": None, "flag": True, "key": key, "x": Y})
-    check_unknown([np.ones(3), np.float64(1.0), jnp.ones(2, jnp.complex64), jnp.ones(1, jnp.float16)])
+    check_unknown(
+        [np.ones(3), np.float64(1.0), jnp.ones(2, jnp.complex64), jnp.ones(1, jnp.float16)]
+    )
     check_unknown(None)
 
 
@@ -93,7 +95,8 @@ def test_while_loop_refused(policy):
     text = str(error.value)
     assert f"{__file__}:" in text and "_double_until" in text
     line = int(text.split(f"{__file__}:")[1].split(",")[0])
-    assert "while_loop(lambda c" in Path(__file__).read_text(encoding="utf-8").splitlines()[line - 1]
+    source = Path(__file__).read_text(encoding="utf-8").splitlines()
+    assert "while_loop(lambda c" in source[line - 1]
     for way in ("scan", "bounded", "custom_root", "root_find", "Recompute()", "FiniteDifference()"):
         assert way in text
     assert f"nks.{_name(policy)}()" in text

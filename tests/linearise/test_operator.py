@@ -26,7 +26,10 @@ def _jacobian(y, args):
     return args * jnp.cos(y)[None, :] + jnp.eye(4)
 
 
-def _operator(tags=(), policy=Linearise(), fn=_fn, args=A):
+_STORE = Linearise()
+
+
+def _operator(tags=(), policy=_STORE, fn=_fn, args=A):
     return linearise(fn, Y, jnp.asarray(args), tags=frozenset(tags), policy=policy).operator
 
 

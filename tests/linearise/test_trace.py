@@ -24,7 +24,7 @@ from tests.linearise.cases import (
     like,
 )
 
-_ids = lambda x: x.name if isinstance(x, Case) else type(x).__name__
+_ids = lambda x: x.name if isinstance(x, Case) else x if isinstance(x, str) else type(x).__name__
 _each_adjoint = pytest.mark.parametrize("policy", WITH_ADJOINT, ids=_ids)
 
 
@@ -35,7 +35,7 @@ def _program(fn, y, args, policy, *, has_aux=False):
     return LinearisedProgram(program, arrays_of(y), params, active, policy), params
 
 
-@_each_adjoint
+@pytest.mark.parametrize("policy", [Linearise(), Transposed()], ids=_ids)
 @pytest.mark.parametrize("case", CASES, ids=_ids)
 def test_equals_linearise_at_other_points(case, policy):
     """Traced at one point and set of parameters, used at others."""
@@ -185,8 +185,17 @@ def test_refused_while_tracing():
         _program(fn, jnp.ones(3), None, Linearise())
 
 
-@pytest.mark.parametrize("loop", ["scan", "while", "fori"])
-@_each_adjoint
+@pytest.mark.parametrize(
+    ("loop", "policy"),
+    [
+        ("while", Linearise()),
+        ("scan", Linearise()),
+        ("scan", Checkpointed()),
+        ("fori", Recompute()),
+        ("scan", Transposed()),
+    ],
+    ids=_ids,
+)
 def test_operator_carried_through_a_loop(loop, policy):
     """An operator of a traced program has one static part: its arrays are a loop's carry."""
     fn = lambda y, a: jnp.sin(a * y) + y**2
@@ -206,8 +215,8 @@ def test_operator_carried_through_a_loop(loop, policy):
             return jax.lax.scan(lambda c, _: (body(c), None), (y, first), None, length=3)[0]
         if loop == "fori":
             return jax.lax.fori_loop(0, 3, lambda _, c: body(c), (y, first))
-        carry = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, body(c[1])), (0, (y, first)))
-        return carry[1]
+        again = lambda c: (c[0] + 1, body(c[1]))
+        return jax.lax.while_loop(lambda c: c[0] < 3, again, (0, (y, first)))[1]
 
     end, arrays = jax.jit(run)(y, first)
     expected = y

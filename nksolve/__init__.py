@@ -29,6 +29,7 @@ from .newton.line_search import Backtracking as Backtracking
 from .newton.line_search import FullStep as FullStep
 from .newton.line_search import Parabolic as Parabolic
 from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
+from .linearise.layers import checkpoint_layers as checkpoint_layers
 from .newton.report import StepReport as StepReport
 from .precondition.base import AbstractPreconditioner as AbstractPreconditioner
 from .precondition.base import Identity as Identity

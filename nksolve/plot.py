@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_NUMBERS = 24  # more numbers than this in one plot run into each other
+_MANY = 24  # the numbers and markers of more trials than this run into each other
 
 
 class _Rows(NamedTuple):
@@ -29,23 +29,25 @@ def plot_history(
 
     - `history`: `solution.stats["history"]`, or the array `history` of the command line's `.npz`.
     - `label`: for a legend of several solves. Without it one solve is drawn: each accepted point is
-      annotated with the matvecs of the linear solve that starts there, rejected trials are crossed.
+      annotated with the matvecs of the linear solve that starts there (unless there are many),
+      rejected trials are crossed.
     - `target`: the residual norm at which the solve succeeds, drawn as a dashed line.
     """
     rows = _rows(history)
     trial = np.arange(rows.norm.size)
+    size = 5 if trial.size <= _MANY else 3
     shown = np.isfinite(rows.norm) & (rows.norm > 0)
     kept, lost = shown & rows.accepted, shown & ~rows.accepted
     (line,) = ax.semilogy(
-        trial[kept], rows.norm[kept], "o-", markersize=5, linewidth=1.4, label=label
+        trial[kept], rows.norm[kept], "o-", markersize=size, linewidth=1.4, label=label
     )
     if lost.any():
         ax.semilogy(
             trial[lost], rows.norm[lost], "x", color="0.45" if label is None else line.get_color(),
-            markersize=6, label="rejected trial" if label is None else None,
+            markersize=size + 1, label="rejected trial" if label is None else None,
         )  # fmt: skip
     annotated = np.flatnonzero(kept & (rows.num_matvecs > 0))
-    if label is None and annotated.size <= _MOST_NUMBERS:
+    if label is None and trial.size <= _MANY:
         for i in annotated:
             ax.annotate(
                 str(rows.num_matvecs[i]),
@@ -58,7 +60,7 @@ def plot_history(
         ax.plot([], [], " ", label="numbers: matvecs of the linear solve")
     if target is not None and target > 0:
         ax.axhline(target, linestyle="--", linewidth=1, color="tab:green", label="tolerance")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.margins(x=0.08, y=0.1)
     ax.set(xlabel="trial point", ylabel="residual norm ‖F‖")
     ax.grid(alpha=0.3)
@@ -77,7 +79,7 @@ def plot_field(field: Any, ax: "Axes", *, label: str = "y") -> "Axes":
     if values.ndim == 1:
         marker = "o-" if values.size <= 20 else "-"
         ax.plot(np.arange(values.size), values, marker, markersize=4, linewidth=1.4)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
         ax.set(xlabel="node", ylabel=label)
         ax.grid(alpha=0.3)
     elif values.ndim == 2:
@@ -98,7 +100,7 @@ def plot_solve(
     plot_history(history, figure.axes[0], target=target).set_title("convergence", fontsize=10)
     if field is not None:
         plot_field(field, figure.axes[1]).set_title("solution", fontsize=10)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -106,7 +108,7 @@ def new_figure(columns: int = 1) -> "Figure":
     """A figure with a row of axes, which belongs to no window: `figure.savefig(path)` ends it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * columns, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(1.0 + 4.7 * columns, 4.2), dpi=150, layout="constrained")
     figure.subplots(1, columns)
     return figure
 

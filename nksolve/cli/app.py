@@ -21,17 +21,20 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"nksolve {version_of('nksolve')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     del version
@@ -142,7 +145,7 @@ def _draw(
     from ..plot import plot_solve
 
     field = None if what.field is None else what.field(outcome.y)
-    subtitle = "" if outcome.succeeded else f" (not solved: {outcome.reason})"
+    subtitle = "" if outcome.succeeded else f"\nnot solved: {outcome.reason}"
     target = tolerances.atol + tolerances.rtol * outcome.initial_norm
     figure = plot_solve(outcome.history, field, title=what.title + subtitle, target=target)
     figure.savefig(path)

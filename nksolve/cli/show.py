@@ -17,7 +17,9 @@ from ..problems import PROBLEMS, Problem
 from .solving import Outcome, Tolerances
 from .source import size_options
 
-_HEADER = f"{'trial':>5}  {'‖F‖':>10}  {'‖F‖/‖F₀‖':>9}  {'step λ':>8}  {'forcing η':>9}  {'matvecs':>7}"
+_HEADER = (
+    f"{'trial':>5}  {'‖F‖':>10}  {'‖F‖/‖F₀‖':>9}  {'step λ':>8}  {'forcing η':>9}  {'matvecs':>7}"
+)
 _COUNTERS = {
     "num_steps": "Newton steps",
     "num_rejected_steps": "rejected trials",
@@ -47,7 +49,7 @@ class Display:
         unknowns = sum(x.size for x in leaves)
         self._out.print(Text(problem.title, style="bold"))
         self._out.print(
-            f"{unknowns} unknowns, {dtype}, {jax.default_backend()}, "
+            f"{unknowns} unknown{'s' * (unknowns != 1)}, {dtype}, {jax.default_backend()}, "
             f"until ‖F‖ ≤ {tolerances.atol:g} + {tolerances.rtol:g} ‖F₀‖"
         )
 
@@ -96,9 +98,7 @@ class Display:
 
 def fail(text: str) -> None:
     """An error, on stderr."""
-    console(stderr=True).print(
-        Text.assemble(("nksolve: ", "bold red"), text), soft_wrap=True
-    )
+    console(stderr=True).print(Text.assemble(("nksolve: ", "bold red"), text), soft_wrap=True)
 
 
 def list_problems() -> None:

@@ -101,7 +101,8 @@ def _executed(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))
     name = f"nksolve_problem_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:

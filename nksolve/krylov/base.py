@@ -31,7 +31,8 @@ class LinearSystem(NamedTuple):
 class KrylovResult(NamedTuple):
     """What `AbstractKrylovSolver.solve` returns; counters as in the stats.
 
-    `descent` is Re⟨b, A x⟩ (`None` where the method does not know it without a further matvec).
+    `descent` is Re⟨b, A x⟩ or a lower bound of it that is positive where the residual shrank (`None`
+    where the method does not know one without a further matvec).
     """
 
     value: Vector
@@ -75,6 +76,7 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
         *,
         tolerance: ScalarLike,
         workspace: PyTree,
+        norm: Scalar | None = None,
         guess: Vector | None = None,
         verify: bool = False,
     ) -> KrylovResult:

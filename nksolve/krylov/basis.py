@@ -81,11 +81,8 @@ class Basis(eqx.Module):
         return jnp.where(jnp.arange(self.size, dtype=jnp.int32) < filled, products, jnp.zeros_like(products))
 
     def combine(self, coefficients: Inexact[Array, " rows"], filled: Count) -> Vector:
-        """Σ cᵢ vᵢ over i < filled."""
-        masked = jnp.where(
-            jnp.arange(self.size, dtype=jnp.int32) < filled, coefficients, jnp.zeros_like(coefficients)
-        )
-        return self._over_filled(filled, lambda blocks: self._combine(blocks, masked))
+        """Σ cᵢ vᵢ, for coefficients that are zero from `filled` on."""
+        return self._over_filled(filled, lambda blocks: self._combine(blocks, coefficients))
 
     def _over_filled(self, filled: Count, fn: Callable):
         if len(self.blocks) == 1:

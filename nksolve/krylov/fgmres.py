@@ -5,7 +5,7 @@ from jaxtyping import PyTree
 
 from .. import tree
 from ..precondition.base import AbstractPreconditioner, Identity
-from ..typing import ScalarLike, Vector
+from ..typing import Scalar, ScalarLike, Vector
 from .base import AbstractKrylovSolver, KrylovResult, LinearSystem, check_tolerances
 from .basis import Basis
 from .minimal_residual import Workspace, minimal_residual, restart_length
@@ -48,12 +48,14 @@ class FGMRES(AbstractKrylovSolver):
         *,
         tolerance: ScalarLike,
         workspace: PyTree,
+        norm: Scalar | None = None,
         guess: Vector | None = None,
         verify: bool = False,
     ) -> KrylovResult:
         return minimal_residual(
             system,
             vector,
+            norm=norm,
             tolerance=tolerance,
             workspace=workspace,
             guess=guess,

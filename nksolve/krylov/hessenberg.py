@@ -9,7 +9,10 @@ complement of the range of H̄, so that the residual of min ‖β e₁ − H̄ y
 Source: Ayachour, J. Comput. Appl. Math. 159, 2003, §3.
 """
 
+from typing import NamedTuple
+
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.scipy as jsp
 import numpy as np
@@ -18,85 +21,61 @@ from jaxtyping import Array, Inexact
 from ..typing import Count, Flag, Scalar
 
 
-class Hessenberg(eqx.Module):
-    """H̄, u and ‖u‖² of a cycle; `columns` of them are in use."""
+class Column(NamedTuple):
+    """What a new column of H̄ does to the least-squares problem."""
 
-    matrix: Inexact[Array, "rows columns"]
-    null: Inexact[Array, " rows"]
-    null_square: Scalar
-    columns: Count
+    square: Scalar  # |u_{j+1}|², the growth of ‖u‖²
+    dependent: Flag  # the column lies in the range of the others, to rounding
+
+
+class Hessenberg(eqx.Module):
+    """Column j holds column j of H̄ and, below it, u_{j+1}. Columns not in use hold anything."""
+
+    packed: Inexact[Array, "rows columns"]
 
     @staticmethod
     def empty(restart: int, dtype: np.dtype) -> "Hessenberg":
-        """No columns."""
-        matrix = jnp.zeros((restart + 1, restart), dtype)
-        null = jnp.zeros((restart + 1,), dtype).at[0].set(1)
-        return Hessenberg(matrix, null, jnp.ones((), null.real.dtype), jnp.zeros((), jnp.int32))
-
-    def cleared(self, when: Flag) -> "Hessenberg":
-        """Without columns `when` the flag holds; the matrix is left to be overwritten."""
-        first = jnp.zeros_like(self.null).at[0].set(1)
-        return Hessenberg(
-            self.matrix,
-            jnp.where(when, first, self.null),
-            jnp.where(when, jnp.ones_like(self.null_square), self.null_square),
-            jnp.where(when, jnp.zeros_like(self.columns), self.columns),
-        )
+        """Of at most `restart` columns."""
+        return Hessenberg(jnp.zeros((restart + 2, restart), dtype))
 
     def extended(
-        self,
-        j: Count,
-        h: Inexact[Array, " rows"],
-        subdiagonal: Scalar,
-        scale: Scalar,
-        when: Flag,
-    ) -> "Hessenberg":
-        """With column j: entries `h` above, `subdiagonal` = h_{j+1,j} ≥ 0 below.
+        self, j: Count, h: Inexact[Array, " rows"], norm: Scalar, scale: Scalar, null_square: Scalar
+    ) -> tuple["Hessenberg", Column]:
+        """With column j: entries `h` above the subdiagonal `norm` ≥ 0.
 
-        `scale` is the norm of the vector that the column came from. A vanishing subdiagonal is
-        floored at ε scale: a backward-stable perturbation that keeps T regular and ‖u‖² finite.
+        `scale` is the norm of the vector that the column came from, `null_square` is ‖u‖² before.
+        A vanishing subdiagonal is floored at ε scale: a backward-stable perturbation that keeps T
+        regular and ‖u‖² finite.
         """
-        eps = jnp.finfo(subdiagonal.dtype).eps
-        floored = jnp.maximum(subdiagonal, eps * scale)
-        floored = jnp.where(floored > 0, floored, jnp.ones_like(floored))
-        below = jnp.arange(self.null.shape[0], dtype=jnp.int32) == j + 1
-        column = jnp.where(below, floored.astype(h.dtype), h)
-        column = jnp.where(when, column, self.matrix[:, j])
+        eps = jnp.finfo(norm.dtype).eps
+        subdiagonal = jnp.maximum(norm, eps * scale)
+        subdiagonal = jnp.where(subdiagonal > 0, subdiagonal, 1).astype(h.dtype)
         # uᴴ h + conj(u_{j+1}) h_{j+1,j} = 0
-        product = jnp.sum(jnp.where(below, jnp.zeros_like(h), self.null.conj() * h))
-        u_new = -product.conj() / floored.astype(h.dtype)
-        extended = jnp.where(below, u_new, self.null)
-        return Hessenberg(
-            self.matrix.at[:, j].set(column),
-            jnp.where(when, extended, self.null),
-            jnp.where(when, self.null_square + (u_new * u_new.conj()).real, self.null_square),
-            jnp.where(when, self.columns + 1, self.columns),
+        product = jnp.sum(self.null.conj() * h)
+        u = -product.conj() / subdiagonal
+        rows = jnp.arange(self.packed.shape[0], dtype=jnp.int32)
+        column = jnp.where(rows == j + 1, subdiagonal, jnp.pad(h, (0, 1)))
+        column = jnp.where(rows == rows[-1], u, column)
+        packed = lax.dynamic_update_index_in_dim(self.packed, column, j, 1)
+        # Without a subdiagonal and with uᴴh = 0 the column reduces nothing: A is singular on the
+        # invariant space that has been reached.
+        invisible = jnp.abs(product) <= 100 * eps * jnp.sqrt(null_square) * scale
+        return Hessenberg(packed), Column((u * u.conj()).real, invisible)
+
+    @property
+    def null(self) -> Inexact[Array, " rows"]:
+        """u."""
+        return jnp.concatenate([jnp.ones((1,), self.packed.dtype), self.packed[-1]])
+
+    def solve(
+        self, beta: Scalar, null_square: Scalar, columns: Count
+    ) -> Inexact[Array, " columns"]:
+        """The minimiser y of ‖β e₁ − H̄ y‖ over the first `columns`; zero beyond."""
+        index = jnp.arange(self.packed.shape[1], dtype=jnp.int32)
+        used = index < columns
+        identity = jnp.eye(self.packed.shape[1], dtype=self.packed.dtype)
+        upper = jnp.where(used[:, None] & used[None, :], self.packed[1:-1], identity)
+        residual = (beta / null_square).astype(self.packed.dtype) * self.packed[-1]
+        return jsp.linalg.solve_triangular(
+            upper, jnp.where(used, -residual, jnp.zeros_like(residual))
         )
-
-    def dependent(self, h: Inexact[Array, " rows"], scale: Scalar) -> Flag:
-        """Whether a column `h` without subdiagonal lies in the range of H̄, to rounding.
-
-        Then uᴴh = 0: A is singular on the invariant space that has been reached, and the column
-        reduces nothing.
-        """
-        product = jnp.abs(jnp.sum(self.null.conj() * h))
-        eps = jnp.finfo(scale.dtype).eps
-        return product <= 100 * eps * jnp.sqrt(self.null_square) * scale
-
-    def residual_norm(self, beta: Scalar) -> Scalar:
-        """min_y ‖β e₁ − H̄ y‖."""
-        return beta / jnp.sqrt(self.null_square)
-
-    def solve(self, beta: Scalar) -> Inexact[Array, " columns"]:
-        """The minimiser y; zero beyond the columns in use."""
-        index = jnp.arange(self.matrix.shape[1], dtype=jnp.int32)
-        used = index < self.columns
-        identity = jnp.eye(self.matrix.shape[1], dtype=self.matrix.dtype)
-        upper = jnp.where(used[:, None] & used[None, :], self.matrix[1:], identity)
-        residual = (beta / self.null_square).astype(self.null.dtype) * self.null[1:]
-        return jsp.linalg.solve_triangular(upper, jnp.where(used, -residual, 0))
-
-    def image(self, y: Inexact[Array, " columns"]) -> Inexact[Array, " rows"]:
-        """H̄ y."""
-        used = jnp.arange(self.matrix.shape[1], dtype=jnp.int32) < self.columns
-        return self.matrix @ jnp.where(used, y, jnp.zeros_like(y))

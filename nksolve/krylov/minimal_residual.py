@@ -15,11 +15,11 @@ import lineax as lx
 
 from .. import tree
 from ..loops import any_lane
-from ..typing import Count, Flag, Scalar, ScalarLike, Vector
+from ..typing import Count, Flag, LinearFn, Scalar, ScalarLike, Vector
 from .base import KrylovResult, LinearSystem
 from .basis import Basis
 from .hessenberg import Hessenberg
-from .orthogonalise import AbstractOrthogonalisation, Appended
+from .orthogonalise import AbstractOrthogonalisation
 
 
 class Workspace(eqx.Module):
@@ -29,25 +29,29 @@ class Workspace(eqx.Module):
     search: Basis | None
 
 
-class _Lane(NamedTuple):
-    """The small arrays of a lane. Norms are in units of ‖b‖."""
-
-    hessenberg: Hessenberg
-    beta: Scalar  # residual norm at the start of the cycle
-    residual: Scalar  # its current estimate ‖r_j‖
-    steps: Count
-    matvecs: Count
-    restarts: Count
-    running: Flag  # still extending this cycle's space
-    done: Flag
-    stagnated: Flag
-    broken: Flag  # b or A v was not finite
-
-
 class _Cycle(NamedTuple):
+    """The Arnoldi process. Norms are in units of ‖b‖."""
+
     j: Count  # column, −1 for the restart step; the same for every lane
     workspace: Workspace
-    lane: _Lane
+    hessenberg: Hessenberg
+    beta: Scalar  # residual norm at the start of the cycle
+    null_square: Scalar  # ‖u‖²: the residual norm now is β/‖u‖; NaN where A v was not finite
+    columns: Count  # of this lane
+    matvecs: Count
+    running: Flag  # still extending the space
+
+
+class _Solve(NamedTuple):
+    """The cycles."""
+
+    cycle: _Cycle
+    x: Vector
+    residual: Scalar
+    previous_beta: Scalar  # of the cycle before, infinite before the first restart
+    cycles: Count  # that made columns
+    restart_steps: Count
+    done: Flag
 
 
 class _Limits(NamedTuple):
@@ -61,6 +65,7 @@ def minimal_residual(
     system: LinearSystem,
     vector: Vector,
     *,
+    norm: Scalar | None,
     tolerance: ScalarLike,
     workspace: Workspace,
     guess: Vector | None,
@@ -72,209 +77,207 @@ def minimal_residual(
     """Minimises ‖b − A x‖ over x₀ + span(Z): Z = M⁻¹V on the right, V on the left.
 
     With `left`, A and b stand for M⁻¹A and M⁻¹b, and the relative tolerance is that of M⁻¹b.
+    `norm` is ‖vector‖₂ where the caller knows it.
     """
     if tree.size(vector) == 0:
         return _nothing(vector, workspace)
     restart = workspace.arnoldi.size - 1
-    mv, psolve, b, unit, relative = _scaled(system, vector, tolerance, left)
-    flexible = workspace.search is not None
-    limits = _Limits(relative, max_steps, verify, tree.eps(b))
+    mv, psolve, b, unit, beta, target = _scaled(system, vector, norm, tolerance, left)
+    # Without a preconditioner Z is V. (Writing a row of V to Z as it is makes XLA copy V, twice.)
+    flexible = workspace.search is not None and psolve is not None
+    limits = _Limits(target, max_steps, verify, tree.eps(b))
 
-    def step(cycle: _Cycle, x: Vector) -> _Cycle:
-        j, (basis, search), lane = cycle.j, _pair(cycle.workspace), cycle.lane
-        restarting = j < 0
-        v = basis.row(jnp.maximum(j, 0))
+    def step(carry: _Cycle, solve: _Solve) -> _Cycle:
+        j = carry.j
+        restarting, column = j < 0, jnp.maximum(j, 0)
+        basis, search = carry.workspace.arnoldi, carry.workspace.search
+        v = basis.row(column)
         if psolve is None:
-            z = tree.where(restarting, x, v)
+            z = tree.where(restarting, solve.x, v)
         else:
-            z = lax.cond(restarting, lambda: x, lambda: psolve(v))
-        if flexible:
-            search = search.set_row(jnp.maximum(j, 0), z)
+            z = lax.cond(restarting, lambda: solve.x, lambda: psolve(v))
+        search = search.set_row(column, z) if flexible else search
         w = mv(z)
         w = tree.where(restarting, tree.sub(b, w), w)  # b − A x, or A z_j
         new = orthogonalisation.append(basis, w, j + 1)
-        lane = jtu.tree_map(
-            lambda after_restart, after_step: jnp.where(restarting, after_restart, after_step),
-            _restarted(lane, new, limits),
-            _extended(lane, jnp.maximum(j, 0), new, limits),
+        hessenberg, added = carry.hessenberg.extended(
+            column, new.coefficients, new.norm, new.norm_before, carry.null_square
         )
-        return _Cycle(j + 1, Workspace(new.basis, search), lane)
-
-    def cycle(carry):
-        inner, x, descent = carry
-        starts_at_b = (inner.j == 0) if guess is None else jnp.array(False)
-        inner = lax.while_loop(
-            lambda c: any_lane(c.lane.running) & (c.j < restart), lambda c: step(c, x), inner
+        # A z_j in the span of the basis: the space is invariant and holds the solution, unless A is
+        # singular on it.
+        finite = jnp.isfinite(new.norm_before)
+        invariant = new.norm <= 10 * limits.eps * new.norm_before
+        singular = invariant & added.dependent
+        growth = jnp.where(finite, jnp.where(singular, 0, added.square), jnp.nan)
+        extending = carry.running & ~restarting
+        beta = jnp.where(carry.running & restarting, new.norm, carry.beta)
+        null_square = carry.null_square + jnp.where(extending, growth, 0)
+        residual = beta / jnp.sqrt(null_square)
+        matvecs = carry.matvecs + tree.count(carry.running)
+        # Below rounding the estimate says nothing of b − A x any more (and ‖u‖² would overflow).
+        enough = residual <= jnp.maximum(limits.target, limits.eps * beta)
+        stagnated = restarting & ~(new.norm <= _attainable(solve, limits))
+        exhausted = matvecs - solve.restart_steps - tree.count(restarting) >= max_steps
+        stop = enough | stagnated | exhausted | ~finite | (invariant & ~restarting)
+        return _Cycle(
+            j=j + 1,
+            workspace=Workspace(new.basis, search),
+            hessenberg=hessenberg,
+            beta=beta,
+            null_square=null_square,
+            columns=carry.columns + tree.count(extending & finite & ~singular),
+            matvecs=matvecs,
+            running=carry.running & ~stop,
         )
-        lane, (basis, search) = inner.lane, _pair(inner.workspace)
 
-        def correction():
-            y = lane.hessenberg.solve(lane.beta)
-            columns = jnp.concatenate([y, jnp.zeros((1,), y.dtype)])
-            if flexible:
-                dx = search.combine(columns[: search.size], inner.j)
-            else:
-                dx = basis.combine(columns, inner.j)
-                dx = dx if psolve is None else psolve(dx)
-            # ⟨b, A dx⟩ = ⟨Vᴴb, H̄ y⟩, and Vᴴb = β e₁ in a cycle that starts at b
-            known = jnp.zeros_like(columns).at[0].set(lane.beta.astype(columns.dtype))
-            projected = lax.cond(starts_at_b, lambda: known, lambda: basis.dots(b, inner.j + 1))
-            gained = jnp.sum((projected.conj() * lane.hessenberg.image(y)).real)
-            return tree.add(x, dx), descent + gained
+    def corrected(carry: _Cycle, x: Vector) -> Vector:
+        y = carry.hessenberg.solve(carry.beta, carry.null_square, carry.columns)
+        y = jnp.where(jnp.isfinite(carry.null_square), y, jnp.zeros_like(y))
+        if flexible:
+            return tree.add(x, carry.workspace.search.combine(y, carry.j))
+        dx = carry.workspace.arnoldi.combine(jnp.pad(y, (0, 1)), carry.j)
+        return tree.add(x, dx if psolve is None else psolve(dx))
 
+    def cycle(solve: _Solve) -> _Solve:
+        restarted = tree.count((solve.cycle.j < 0) & ~solve.done)
+        carry = lax.while_loop(
+            lambda c: any_lane(c.running) & (c.j < restart),
+            lambda c: step(c, solve),
+            solve.cycle._replace(running=~solve.done),
+        )
         # The restart step that verifies a solution makes no column: nothing to add.
-        x, descent = lax.cond(inner.j > 0, correction, lambda: (x, descent))
-        lane = lane._replace(
-            hessenberg=lane.hessenberg.cleared(jnp.array(True)), running=~lane.done
+        x = lax.cond(carry.j > 0, lambda: corrected(carry, solve.x), lambda: solve.x)
+        residual = jnp.where(solve.done, solve.residual, carry.beta / jnp.sqrt(carry.null_square))
+        restart_steps = solve.restart_steps + restarted
+        converged = residual <= limits.target
+        certain = converged & (carry.columns == 0) if verify else converged
+        hopeless = (restarted > 0) & ~(carry.beta <= _attainable(solve, limits))
+        exhausted = carry.matvecs - restart_steps >= max_steps
+        finished = certain | hopeless | (exhausted & ~converged) | ~jnp.isfinite(residual)
+        return _Solve(
+            cycle=carry._replace(
+                j=jnp.full_like(carry.j, -1),
+                null_square=jnp.ones_like(carry.null_square),
+                columns=jnp.zeros_like(carry.columns),
+            ),
+            x=x,
+            residual=residual,
+            previous_beta=jnp.where(solve.done, solve.previous_beta, carry.beta),
+            cycles=solve.cycles + tree.count(carry.columns > 0),
+            restart_steps=restart_steps,
+            done=solve.done | finished,
         )
-        return _Cycle(jnp.full_like(inner.j, -1), inner.workspace, lane), x, descent
 
-    norm = tree.norm2(b)
-    start = _start(b, norm, guess is not None, workspace, limits)
-    x = tree.zeros_like(b)
-    if guess is not None:  # worth nothing where b = 0, whose solution is known
-        x = tree.where(norm > 0, tree.scale(1 / unit, guess), x)
-    inner, x, descent = lax.while_loop(
-        lambda carry: any_lane(~carry[0].lane.done), cycle, (start, x, jnp.zeros_like(unit))
-    )
-    lane = inner.lane
+    solve = _start(b, beta, unit, guess, workspace, limits)
+    solve = lax.while_loop(lambda s: any_lane(~s.done), cycle, solve)
+    steps = solve.cycle.matvecs - solve.restart_steps
     return KrylovResult(
-        value=tree.scale(unit, x),
-        residual_norm=lane.residual * unit,
-        descent=None if left else descent * unit * unit,
-        result=_result(lane, limits),
-        num_steps=lane.steps,
-        num_matvecs=lane.matvecs,
-        num_preconditioner_applications=_applications(system, lane, left, flexible),
-        num_restarts=lane.restarts,
-        workspace=inner.workspace,
+        value=tree.scale(unit, solve.x),
+        residual_norm=solve.residual * unit,
+        descent=None if left or guess is not None else _descent(solve, beta) * unit * unit,
+        result=_result(solve, steps, limits),
+        num_steps=steps,
+        num_matvecs=solve.cycle.matvecs,
+        num_preconditioner_applications=_applications(system, solve, steps, left),
+        num_restarts=jnp.maximum(solve.cycles - 1, 0),
+        workspace=solve.cycle.workspace,
     )
 
 
 def _nothing(vector: Vector, workspace: Workspace) -> KrylovResult:
     """The solution of no equations."""
     no, none = tree.norm2(vector), jnp.zeros((), jnp.int32)
-    return KrylovResult(
-        vector, no, no, lx.RESULTS.successful, none, none, none, none, workspace
-    )
+    return KrylovResult(vector, no, no, lx.RESULTS.successful, none, none, none, none, workspace)
 
 
-def _scaled(system: LinearSystem, vector: Vector, tolerance: ScalarLike, left: bool):
-    """(A, M⁻¹ on the right, b, unit, relative tolerance) with ‖b‖ = 1 (or 0) in units of `unit`."""
-    norm = tree.norm2(vector)
-    relative = jnp.asarray(tolerance).astype(norm.dtype) / _or_one(norm)
+def _scaled(
+    system: LinearSystem,
+    vector: Vector,
+    norm: Scalar | None,
+    tolerance: ScalarLike,
+    left: bool,
+) -> tuple[LinearFn, LinearFn | None, Vector, Scalar, Scalar, Scalar]:
+    """(A, M⁻¹ on the right, b, unit, ‖b‖, target), b and what follows it in units of `unit`.
+
+    ‖b‖ is 1, or 0, or NaN where the vector is not finite.
+    """
+    norm = tree.norm2(vector) if norm is None else norm
     mv, psolve = system.mv, system.psolve
+    target = jnp.asarray(tolerance).astype(norm.dtype) / _or_one(norm)
     if left and psolve is not None:
         vector = psolve(vector)
         norm = tree.norm2(vector)
-        return lambda v: psolve(system.mv(v)), None, *_unit(vector, norm), relative
-    return mv, psolve, *_unit(vector, norm), relative
-
-
-def _unit(vector: Vector, norm: Scalar) -> tuple[Vector, Scalar]:
+        mv, psolve = lambda v: system.psolve(system.mv(v)), None
     unit = _or_one(norm)
-    return tree.scale(1 / unit, vector), unit
+    beta = jnp.where(jnp.isfinite(norm), norm / unit, jnp.nan)
+    return mv, psolve, tree.scale(1 / unit, vector), unit, beta, target
 
 
 def _or_one(norm: Scalar) -> Scalar:
     return jnp.where((norm > 0) & jnp.isfinite(norm), norm, jnp.ones_like(norm))
 
 
-def _pair(workspace: Workspace) -> tuple[Basis, Basis | None]:
-    return workspace.arnoldi, workspace.search
-
-
 def _start(
-    b: Vector, norm: Scalar, guessed: bool, workspace: Workspace, limits: _Limits
-) -> _Cycle:
+    b: Vector,
+    beta: Scalar,
+    unit: Scalar,
+    guess: Vector | None,
+    workspace: Workspace,
+    limits: _Limits,
+) -> _Solve:
     basis = workspace.arnoldi
     dtype = tree.real_dtype(b) if basis.real else tree.scalar_dtype(b)
-    first = jnp.zeros((), jnp.int32)
-    broken = ~jnp.isfinite(norm)
-    if guessed:
-        beta = jnp.full_like(norm, jnp.inf)
-        done = jnp.isinf(limits.target) | broken
-    else:
-        beta = norm
-        basis = basis.set_row(first, tree.where(broken, tree.zeros_like(b), b))
-        done = ~(beta > limits.target) | broken
-    beta = jnp.where(broken, jnp.nan, beta)  # which passes no test
-    zero = jnp.zeros_like(beta, jnp.int32)
-    no = jnp.zeros_like(done)
-    hessenberg = Hessenberg.empty(basis.size - 1, dtype)
-    lane = _Lane(hessenberg, beta, beta, zero, zero, zero, ~done, done, no, broken)
-    j = first - 1 if guessed else first
-    return _Cycle(j, Workspace(basis, workspace.search), lane)
-
-
-def _extended(lane: _Lane, j: Count, new: Appended, limits: _Limits) -> _Lane:
-    """After the Arnoldi step that made column j."""
-    finite = jnp.isfinite(new.norm) & jnp.isfinite(new.norm_before)
-    # A z_j lies in the span of the basis: the space is invariant and holds the solution, unless A
-    # is singular on it.
-    invariant = new.norm <= 10 * limits.eps * new.norm_before
-    singular = invariant & lane.hessenberg.dependent(new.coefficients, new.norm_before)
-    advance = lane.running & finite & ~singular
-    hessenberg = lane.hessenberg.extended(
-        j, new.coefficients, new.norm, new.norm_before, advance
-    )
-    steps = lane.steps + tree.count(lane.running)
-    residual = jnp.where(advance, hessenberg.residual_norm(lane.beta), lane.residual)
-    converged = residual <= limits.target
-    # Below rounding the estimate says nothing of b − A x any more (and ‖u‖² would overflow).
-    resolved = residual <= limits.eps * lane.beta
-    exhausted = steps >= limits.max_steps
-    finished = (exhausted & ~converged) | ~finite
-    if not limits.verify:
-        finished = finished | converged
-    return lane._replace(
-        hessenberg=hessenberg,
-        residual=residual,
-        steps=steps,
-        matvecs=lane.matvecs + tree.count(lane.running),
-        running=advance & ~(converged | resolved | exhausted | invariant),
-        done=lane.done | (lane.running & finished),
-        broken=lane.broken | (lane.running & ~finite),
-    )
-
-
-def _restarted(lane: _Lane, new: Appended, limits: _Limits) -> _Lane:
-    """After the restart step, whose norm is that of the true residual b − A x."""
-    live = ~lane.done
-    norm = new.norm
-    is_guess = jnp.isinf(lane.beta)
-    converged = norm <= limits.target
-    stagnated = live & ~is_guess & ~converged & (norm > (1 - limits.eps**0.5) * lane.beta)
-    broken = live & ~jnp.isfinite(norm)
-    exhausted = lane.steps >= limits.max_steps
-    done = lane.done | (live & (converged | exhausted)) | stagnated | broken
-    return lane._replace(
-        beta=jnp.where(live, norm, lane.beta),
-        residual=jnp.where(live, norm, lane.residual),
-        matvecs=lane.matvecs + tree.count(live),
-        restarts=lane.restarts + tree.count(~done & ~is_guess),
+    j, x, residual = jnp.zeros((), jnp.int32), tree.zeros_like(b), beta
+    done = ~(beta > limits.target)
+    if guess is None:
+        finite = jnp.isfinite(beta)
+        basis = basis.set_row(j, tree.where(finite, b, tree.zeros_like(b)))
+    else:  # worth nothing where b = 0, whose solution is known
+        j = j - 1
+        done = ~(beta > 0) | jnp.isinf(limits.target)
+        x = tree.where(done, x, tree.scale(1 / unit, guess))
+    none = jnp.zeros_like(beta, jnp.int32)
+    cycle = _Cycle(
+        j=j,
+        workspace=Workspace(basis, workspace.search),
+        hessenberg=Hessenberg.empty(basis.size - 1, dtype),
+        beta=beta,
+        null_square=jnp.ones_like(beta),
+        columns=none,
+        matvecs=none,
         running=~done,
-        done=done,
-        stagnated=lane.stagnated | stagnated,
-        broken=lane.broken | broken,
     )
+    infinite = jnp.full_like(beta, jnp.inf)
+    return _Solve(cycle, x, residual, infinite, none, none, done)
 
 
-def _result(lane: _Lane, limits: _Limits) -> lx.RESULTS:
+def _attainable(solve: _Solve, limits: _Limits) -> Scalar:
+    """The residual norm after a restart above which the cycle before has gained nothing."""
+    return jnp.maximum((1 - limits.eps**0.5) * solve.previous_beta, limits.target)
+
+
+def _descent(solve: _Solve, beta: Scalar) -> Scalar:
+    """A lower bound of ⟨b, A x⟩ = ‖b‖² − ⟨b, r⟩; exact after one cycle, where r ⟂ A x."""
+    overlap = jnp.where(solve.cycles > 1, beta, solve.residual)
+    return jnp.where(solve.cycles > 0, beta**2 - overlap * solve.residual, 0)
+
+
+def _result(solve: _Solve, steps: Count, limits: _Limits) -> lx.RESULTS:
     where, results = lx.RESULTS.where, lx.RESULTS
-    failed = where(lane.stagnated, results.stagnation, results.max_steps_reached)
-    failed = where(lane.broken, results.breakdown, failed)
-    return where(lane.residual <= limits.target, results.successful, failed)
+    exhausted = steps >= limits.max_steps
+    failed = where(exhausted, results.max_steps_reached, results.stagnation)
+    failed = where(jnp.isfinite(solve.residual), failed, results.breakdown)
+    return where(solve.residual <= limits.target, results.successful, failed)
 
 
-def _applications(system: LinearSystem, lane: _Lane, left: bool, flexible: bool) -> Count:
+def _applications(system: LinearSystem, solve: _Solve, steps: Count, left: bool) -> Count:
     if system.psolve is None:
-        return jnp.zeros_like(lane.steps)
+        return jnp.zeros_like(steps)
     if left:
-        return lane.matvecs + 1
-    if flexible:
-        return lane.steps
-    return lane.steps + lane.restarts + tree.count(lane.steps > 0)  # and one at the end of each cycle
+        return solve.cycle.matvecs + 1
+    if solve.cycle.workspace.search is not None:
+        return steps
+    return steps + solve.cycles  # one at the end of each cycle
 
 
 def restart_length(restart: int, vector: Vector, real: bool) -> int:
@@ -283,5 +286,3 @@ def restart_length(restart: int, vector: Vector, real: bool) -> int:
     if real and any(jnp.iscomplexobj(leaf) for leaf in jtu.tree_leaves(vector)):
         dimension *= 2
     return max(min(restart, dimension), 1)
-
-

@@ -101,7 +101,7 @@ def test_arnoldi_relation_and_orthogonality(orthogonalisation):
     if isinstance(orthogonalisation, nks.CGS2):
         assert loss < 1e-13
     else:  # ε κ: the Krylov vectors of a Hilbert matrix are all but dependent
-        assert 1e-10 < loss
+        assert loss > 1e-10
 
 
 @pytest.mark.parametrize("solver", [nks.GMRES, nks.FGMRES])
@@ -115,4 +115,4 @@ def test_float32_does_not_depend_on_the_units(solver):
         int(solve(jnp.asarray(rhs * 10.0**exponent, jnp.float32)).stats["num_steps"])
         for exponent in exponents
     ]
-    assert 5 < steps[0] and set(steps) == {steps[0]}
+    assert steps[0] > 5 and set(steps) == {steps[0]}

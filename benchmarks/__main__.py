@@ -1,0 +1,82 @@
+"""Side by side with the peers: `python -m benchmarks [--small] [--write] [--only NAME ...]`."""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "validation" / "benchmarks.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def machine() -> str:
+    """Class of machine, versions, date, command."""
+    names = ("jax", "equinox", "lineax", "optimistix", "scipy", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    device = jax.devices()[0]
+    command = "python -m benchmarks " + " ".join(sys.argv[1:])
+    return (
+        f"{device.platform.upper()}, {os.cpu_count()} cores, {platform.machine()}; load average "
+        f"{os.getloadavg()[0]:.1f} at the start; {platform.python_implementation()} "
+        f"{platform.python_version()}, {versions}; {datetime.date.today():%d %B %Y}; "
+        f"`{command.strip()}`."
+    )
+
+
+def report(*, small: bool, only: list[str], repeats: int, budget: float) -> str:
+    """All tables."""
+    from .choices import competitors
+    from .compiling import compile_times
+    from .rows import rows
+    from .table import compile_table, solve_table
+    from .timing import measure
+
+    chosen = [row for row in rows(small=small) if not only or row.name in only]
+    parts = [machine()]
+    for row in chosen:
+        taken = measure(row, competitors(row), repeats=repeats, budget=budget)
+        parts.append(solve_table(row, taken))
+        print(parts[-1], flush=True)
+    times = [(row, t) for row in chosen for t in compile_times(row, repeats=1 if small else 3)]
+    parts.append("### Seconds to compile\n\n" + compile_table(times))
+    print(parts[-1], flush=True)
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--small", action="store_true", help="tiny problems, to see that it runs")
+    parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.name}")
+    parser.add_argument("--tune", action="store_true", help="repeat the scan behind choices.py")
+    parser.add_argument("--only", nargs="*", default=[], help="names of rows")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each competitor")
+    options = parser.parse_args(argv)
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_enable_compilation_cache", False)
+    if options.tune:
+        from .rows import rows
+        from .tuning import tune
+
+        for row in rows(small=options.small):
+            if not options.only or row.name in options.only:
+                for line in tune(row):
+                    print(line, flush=True)
+        return
+    text = report(
+        small=options.small, only=options.only, repeats=options.repeats, budget=options.budget
+    )
+    if options.write:
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        _, _, tail = rest.partition(END)
+        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

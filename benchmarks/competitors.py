@@ -36,6 +36,7 @@ class Competitor:
 
     name: str
     prepare: Callable[[Row, Fn], Solve]
+    dense: bool = False  # makes the n × n Jacobian
 
 
 def nksolve(name: str, **fields: Any) -> Competitor:
@@ -50,33 +51,31 @@ def nksolve(name: str, **fields: Any) -> Competitor:
 
 def optimistix(
     name: str,
-    linear_solver: Callable[[Any], lx.AbstractLinearSolver],
+    linear_solver: Callable[[Any, Any], lx.AbstractLinearSolver],
     *,
     eta: float = 1e-2,
     looseness: float = 1.0,
-    adjoint: bool = False,
+    dense: bool = False,
 ) -> Competitor:
-    """`optx.Newton` with `linear_solver(eta)`, stopping at ‖F‖₂ ≤ looseness · rtol ‖F₀‖₂.
+    """`optx.Newton` with `linear_solver(eta, atol)`, stopping at ‖F‖₂ ≤ looseness · rtol ‖F₀‖₂.
 
     It tests the residual of the iterate before the last, so that a looseness of 1 makes one step
-    more than the accuracy needs. `adjoint` differentiates with the same linear solver.
+    more than the accuracy needs.
     """
 
     def prepare(row: Row, fn: Fn) -> Solve:
         def solve(y, args, target, eta, looseness):
-            linear = linear_solver(eta)
+            # Lineax's tolerances are elementwise; below this one nothing needs to be solved.
+            linear = linear_solver(eta, 0.5 * target / row.size**0.5)
             solver = optx.Newton(
                 rtol=1e30, atol=looseness * target, norm=optx.two_norm, linear_solver=linear
             )
             tags = row.tags if isinstance(linear, lx.CG) else frozenset()
-            options = {"adjoint": optx.ImplicitAdjoint(linear)} if adjoint else {}
-            return optx.root_find(
-                fn, solver, y, args, max_steps=50, throw=False, tags=tags, **options
-            )
+            return optx.root_find(fn, solver, y, args, max_steps=50, throw=False, tags=tags)
 
         return _compiled(row, solve, (eta, looseness))
 
-    return Competitor(name, prepare)
+    return Competitor(name, prepare, dense)
 
 
 def scipy(name: str, **settings: Any) -> Competitor:

@@ -7,28 +7,31 @@ from .compiling import CompileTime
 from .rows import Row
 from .timing import Measurement
 
-_COLUMNS = ("solver", "wall ms", "CPU ms", "ratio", "‖F‖/‖F₀‖", "steps", "fn", "matvecs")
+_COLUMNS = (
+    "solver", "wall ms", "ratio", "CPU ms", "ratio", "‖F‖/‖F₀‖", "steps", "fn", "matvecs",
+)  # fmt: skip
 _COMPILE = (
     "problem", "solver", "forward: trace", "compile", "gradient: trace", "compile", "run, ms",
 )  # fmt: skip
 
 
 def solve_table(row: Row, measurements: Sequence[Measurement]) -> str:
-    """One problem: a line for each solver; ratios of wall time to that of the first."""
-    first = measurements[0].median
+    """One problem: a line for each solver; ratios of the times to those of the first."""
+    first = measurements[0]
     lines = [f"### {row.title}, to {row.rtol:g}", "", *_header(_COLUMNS)]
     lines += [_line(_cells(m, first)) for m in measurements]
     return "\n".join(lines)
 
 
-def _cells(m: Measurement, first: float) -> list[str]:
+def _cells(m: Measurement, first: Measurement) -> list[str]:
     if m.failure is not None:
-        return [m.name, "failed", "", "", f"{m.ratio:.1e}", _or_dash(m.steps), "", m.failure]
+        return [m.name, "failed", "", "", "", f"{m.ratio:.1e}", _or_dash(m.steps), "", m.failure]
     return [
         m.name,
         _digits(1e3 * m.median),
+        _digits(m.median / first.median),
         _digits(1e3 * m.median_cpu),
-        _digits(m.median / first),
+        _digits(m.median_cpu / first.median_cpu),
         f"{m.ratio:.1e}",
         _or_dash(m.steps),
         _or_dash(m.evaluations),

@@ -75,7 +75,8 @@ def count(row: Row, competitor: Competitor, measurement: Measurement) -> None:
         solve()
     lanes = row.y0.shape[0] if row.lanes else 1
     measurement.evaluations = sum(_weight(n, lanes) for n in work.lanes("primal"))
-    measurement.matvecs = sum(_weight(n, lanes) for n in work.lanes("tangent"))
+    products = sum(_weight(n, lanes) for n in work.lanes("tangent"))
+    measurement.matvecs = measurement.evaluations * row.size if competitor.dense else products
 
 
 def _weight(size: int | None, lanes: int) -> int:

@@ -16,19 +16,23 @@ LOOSENESSES = (1e4, 1e3, 1e2, 10.0, 1.0)
 
 
 def gmres(restart: int) -> Callable:
-    """`lx.GMRES` with this restart, as a function of its tolerance."""
-    # An absolute tolerance of zero would divide by zero where the right-hand side vanishes.
-    return lambda eta: lx.GMRES(rtol=eta, atol=1e-14, restart=restart, max_steps=2000)
+    """`lx.GMRES` with this restart, as a function of its tolerances."""
+    return lambda eta, atol: lx.GMRES(rtol=eta, atol=atol, restart=restart, max_steps=500)
 
 
-def bicgstab(eta):
+def bicgstab(eta, atol):
     """`lx.BiCGStab`."""
-    return lx.BiCGStab(rtol=eta, atol=1e-14, max_steps=5000)
+    return lx.BiCGStab(rtol=eta, atol=atol, max_steps=5000)
 
 
-def cg(eta):
+def cg(eta, atol):
     """`lx.CG`."""
-    return lx.CG(rtol=eta, atol=1e-14, max_steps=5000)
+    return lx.CG(rtol=eta, atol=atol, max_steps=5000)
+
+
+def lu(eta, atol):
+    """`lx.LU`."""
+    return lx.LU()
 
 
 def _peers(row: Row) -> Iterator[tuple[str, Competitor]]:
@@ -38,7 +42,7 @@ def _peers(row: Row) -> Iterator[tuple[str, Competitor]]:
     yield "bicgstab", optimistix("", bicgstab)
     if row.tags:
         yield "cg", optimistix("", cg)
-    yield "lu", optimistix("", lambda eta: lx.LU())
+    yield "lu", optimistix("", lu)
 
 
 def _scipy_peers() -> Iterator[tuple[dict, Competitor]]:

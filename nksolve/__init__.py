@@ -4,40 +4,52 @@ from .history import History as History
 from .krylov.base import AbstractKrylovSolver as AbstractKrylovSolver
 from .krylov.fgmres import FGMRES as FGMRES
 from .krylov.gmres import GMRES as GMRES
-from .krylov.orthogonalise import CGS2 as CGS2
-from .krylov.orthogonalise import MGS as MGS
-from .krylov.orthogonalise import AbstractOrthogonalisation as AbstractOrthogonalisation
+from .krylov.orthogonalise import (
+    CGS2 as CGS2,
+    MGS as MGS,
+    AbstractOrthogonalisation as AbstractOrthogonalisation,
+)
 from .linearise.inspect import LinearisationError as LinearisationError
-from .linearise.linearisation import Linearisation as Linearisation
-from .linearise.linearisation import linearise as linearise
-from .linearise.operator import JacobianOperator as JacobianOperator
-from .linearise.policies import AbstractPolicy as AbstractPolicy
-from .linearise.policies import Checkpointed as Checkpointed
-from .linearise.policies import FiniteDifference as FiniteDifference
-from .linearise.policies import Linearise as Linearise
-from .linearise.policies import Recompute as Recompute
-from .linearise.policies import Transposed as Transposed
-from .linearise.tags import holomorphic_tag as holomorphic_tag
-from .newton.convergence import AbstractConvergenceTest as AbstractConvergenceTest
-from .newton.convergence import ResidualTest as ResidualTest
-from .newton.forcing import AbstractForcing as AbstractForcing
-from .newton.forcing import ConstantForcing as ConstantForcing
-from .newton.forcing import EisenstatWalker1 as EisenstatWalker1
-from .newton.forcing import EisenstatWalker2 as EisenstatWalker2
-from .newton.line_search import AbstractGlobalisation as AbstractGlobalisation
-from .newton.line_search import Backtracking as Backtracking
-from .newton.line_search import FullStep as FullStep
-from .newton.line_search import Parabolic as Parabolic
-from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
 from .linearise.layers import checkpoint_layers as checkpoint_layers
+from .linearise.linearisation import Linearisation as Linearisation, linearise as linearise
+from .linearise.operator import JacobianOperator as JacobianOperator
+from .linearise.policies import (
+    AbstractPolicy as AbstractPolicy,
+    Checkpointed as Checkpointed,
+    FiniteDifference as FiniteDifference,
+    Linearise as Linearise,
+    Recompute as Recompute,
+    Transposed as Transposed,
+)
+from .linearise.tags import holomorphic_tag as holomorphic_tag
+from .newton.convergence import (
+    AbstractConvergenceTest as AbstractConvergenceTest,
+    ResidualTest as ResidualTest,
+)
+from .newton.forcing import (
+    AbstractForcing as AbstractForcing,
+    ConstantForcing as ConstantForcing,
+    EisenstatWalker1 as EisenstatWalker1,
+    EisenstatWalker2 as EisenstatWalker2,
+)
+from .newton.line_search import (
+    AbstractGlobalisation as AbstractGlobalisation,
+    Backtracking as Backtracking,
+    FullStep as FullStep,
+    Parabolic as Parabolic,
+)
+from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
 from .newton.report import StepReport as StepReport
-from .precondition.base import AbstractPreconditioner as AbstractPreconditioner
-from .precondition.base import Identity as Identity
+from .precondition.base import (
+    AbstractPreconditioner as AbstractPreconditioner,
+    Identity as Identity,
+)
 from .precondition.jacobi import Jacobi as Jacobi
 from .precondition.user import UserPreconditioner as UserPreconditioner
-from .results import REASONS as REASONS
-from .results import reason_name as reason_name
-from .verbs.adjoint import KeepLinearisation as KeepLinearisation
-from .verbs.adjoint import KrylovAdjoint as KrylovAdjoint
-from .verbs.adjoint import Relinearise as Relinearise
+from .results import REASONS as REASONS, reason_name as reason_name
+from .verbs.adjoint import (
+    KeepLinearisation as KeepLinearisation,
+    KrylovAdjoint as KrylovAdjoint,
+    Relinearise as Relinearise,
+)
 from .verbs.root_find import root_find as root_find

@@ -1,12 +1,14 @@
 """The only door to `equinox.internal`: what nksolve needs of it, under names of its own."""
 
-from equinox.internal import AbstractProgressMeter as AbstractProgressMeter
-from equinox.internal import Enumeration as Enumeration
-from equinox.internal import NoProgressMeter as NoProgressMeter
-from equinox.internal import TextProgressMeter as TextProgressMeter
-from equinox.internal import TqdmProgressMeter as TqdmProgressMeter
-from equinox.internal import unvmap_any as _unvmap_any
-from equinox.internal import while_loop as while_loop
+from equinox.internal import (
+    AbstractProgressMeter as AbstractProgressMeter,
+    Enumeration as Enumeration,
+    NoProgressMeter as NoProgressMeter,
+    TextProgressMeter as TextProgressMeter,
+    TqdmProgressMeter as TqdmProgressMeter,
+    unvmap_any as _unvmap_any,
+    while_loop as while_loop,
+)
 
 from .typing import Flag
 

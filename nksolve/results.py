@@ -1,5 +1,7 @@
 """Why a solve stopped, each reason with advice, and what that means to Optimistix."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optimistix as optx
 
@@ -52,7 +54,7 @@ class REASONS(Enumeration):  # pyright: ignore[reportGeneralTypeIssues]
 
 
 # The order of the table is the order of the members above.
-_OPTX = (
+_OPTX: tuple[tuple[Any, Any], ...] = (
     (REASONS.residual_rtol, optx.RESULTS.successful),
     (REASONS.residual_atol, optx.RESULTS.successful),
     (REASONS.iterating, optx.RESULTS.successful),
@@ -73,13 +75,13 @@ def code(reason: REASONS) -> Count:
 
 def reason_name(reason: REASONS | int) -> str:
     """The name of a reason (or of its integer code), such as `"residual_rtol"`."""
-    value = int(reason) if not hasattr(reason, "_value") else int(reason._value)
-    return list(REASONS._name_to_item)[value]
+    value: Any = getattr(reason, "_value", reason)
+    return list(REASONS._name_to_item)[int(value)]
 
 
 def to_optimistix(reason: REASONS) -> optx.RESULTS:
     """The `optimistix.RESULTS` member that stands for `reason`."""
-    result = optx.RESULTS.successful
+    result: Any = optx.RESULTS.successful
     for ours, theirs in _OPTX:
         result = optx.RESULTS.where(reason == ours, theirs, result)
     return result
@@ -87,7 +89,7 @@ def to_optimistix(reason: REASONS) -> optx.RESULTS:
 
 def is_success(reason: REASONS) -> Flag:
     """Whether the residual test held at the returned point."""
-    return (reason == REASONS.residual_rtol) | (reason == REASONS.residual_atol)
+    return code(reason) <= code(REASONS.residual_atol)  # the two first members
 
 
 def first_of(*cases: tuple[Flag, REASONS], otherwise: REASONS) -> REASONS:

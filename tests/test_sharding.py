@@ -69,7 +69,8 @@ def test_coupled_over_devices(name, devices):
 
     found = collectives(compiled.as_text())
     for one in found:
-        assert one.kind == "all-reduce", one
+        assert one.kind == "all-reduce" or not one.in_loop, one
+        assert one.kind != "all-gather", one
         # nothing of a vector's size travels, whole or by shards
         assert sum(math.prod(t.shape) for t in one.shapes) < N // 8, one
     bodies = _arnoldi_bodies(found)

@@ -341,9 +341,7 @@ def _reverse_only(y):
     return jnp.tanh(y)
 
 
-_reverse_only.defvjp(
-    lambda y: (jnp.tanh(y), jnp.tanh(y)), lambda t, ct: ((1.0 - t**2) * ct,)
-)
+_reverse_only.defvjp(lambda y: (jnp.tanh(y), jnp.tanh(y)), lambda t, ct: ((1.0 - t**2) * ct,))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
@@ -365,7 +363,9 @@ def test_finite_differences_refuse_a_gradient():
     value = lambda args: jnp.sum(nks.root_find(layer, solver, jnp.zeros(N), args).value)
     assert np.isfinite(value(ARGS))
     for transformed in (jax.grad(value), along(value)):
-        with pytest.raises(NotImplementedError, match=r"FiniteDifference.*cannot be differentiated"):
+        with pytest.raises(
+            NotImplementedError, match=r"FiniteDifference.*cannot be differentiated"
+        ):
             transformed(ARGS)
 
 
@@ -377,9 +377,7 @@ def test_a_failed_adjoint_solve_raises_or_is_nan(transform):
     adjoint = nks.KrylovAdjoint(linear_solver=nks.GMRES(max_steps=1))
 
     def value(throw):
-        find = lambda a: nks.root_find(
-            layer, SOLVER, jnp.zeros(N), a, adjoint=adjoint, throw=throw
-        )
+        find = lambda a: nks.root_find(layer, SOLVER, jnp.zeros(N), a, adjoint=adjoint, throw=throw)
         return lambda args: loss(lambda a: find(a).value)(args)
 
     silent = jax.jit(transform(value(False)))(ARGS)
@@ -392,9 +390,7 @@ def test_after_a_failed_forward_solve_the_formula_holds_where_it_stopped():
     """ẏ = −J⁻¹ F_θ θ̇ at the returned point, whether or not it is a root."""
 
     def stopped(args):
-        solution = nks.root_find(
-            layer, SOLVER, jnp.full(N, 2.0), args, max_steps=2, throw=False
-        )
+        solution = nks.root_find(layer, SOLVER, jnp.full(N, 2.0), args, max_steps=2, throw=False)
         return solution.value, solution.stats["residual_norm"]
 
     @jax.jit

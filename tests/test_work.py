@@ -286,9 +286,7 @@ def test_gradients_are_compiled_once(jit):
 
 def test_traced_tolerances_compile_nothing_again():
     fn, traces = _traced_residual()
-    find = lambda tol: nks.root_find(
-        fn, nks.NewtonKrylov(rtol=tol, atol=tol), jnp.zeros(N), ARGS
-    )
+    find = lambda tol: nks.root_find(fn, nks.NewtonKrylov(rtol=tol, atol=tol), jnp.zeros(N), ARGS)
     loose = find(jnp.array(1e-2))
     first = len(traces)
     tight = find(jnp.array(1e-12))

@@ -1,7 +1,6 @@
 """What a Krylov method is: a Lineax solver that Newton can also call directly."""
 
 import abc
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -31,8 +30,8 @@ class LinearSystem(NamedTuple):
 class KrylovResult(NamedTuple):
     """What `AbstractKrylovSolver.solve` returns; counters as in the stats.
 
-    `descent` is Re⟨b, A x⟩ or a lower bound of it that is positive where the residual shrank (`None`
-    where the method does not know one without a further matvec).
+    `descent` is Re⟨b, A x⟩ or a lower bound of it that is positive where the residual shrank;
+    `None` where the method does not know one without a further matvec.
     """
 
     value: Vector
@@ -158,9 +157,7 @@ class KrylovState(eqx.Module):
     def system(self, real: bool) -> LinearSystem:
         """The system as functions."""
         identity = isinstance(self.preconditioner, lx.IdentityLinearOperator)
-        return LinearSystem(
-            self.operator.mv, None if identity else self.preconditioner.mv, real
-        )
+        return LinearSystem(self.operator.mv, None if identity else self.preconditioner.mv, real)
 
     def transpose(self) -> "KrylovState":
         """The state of Aᵀ: its preconditioner is M⁻ᵀ."""

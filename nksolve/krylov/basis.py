@@ -78,7 +78,9 @@ class Basis(eqx.Module):
     def dots(self, vector: Vector, filled: Count) -> Inexact[Array, " rows"]:
         """⟨vᵢ, vector⟩ for i < filled, zero beyond. One reduction."""
         products = self._over_filled(filled, lambda blocks: self._dots(blocks, vector))
-        return jnp.where(jnp.arange(self.size, dtype=jnp.int32) < filled, products, jnp.zeros_like(products))
+        return jnp.where(
+            jnp.arange(self.size, dtype=jnp.int32) < filled, products, jnp.zeros_like(products)
+        )
 
     def combine(self, coefficients: Inexact[Array, " rows"], filled: Count) -> Vector:
         """Σ cᵢ vᵢ, for coefficients that are zero from `filled` on."""

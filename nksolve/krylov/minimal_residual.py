@@ -48,10 +48,12 @@ class _Solve(NamedTuple):
     cycle: _Cycle
     x: Vector
     residual: Scalar
-    previous_beta: Scalar  # of the cycle before, infinite before the first restart
+    previous_x: Vector  # at the start of the cycle before
+    previous_beta: Scalar  # its residual norm; infinite before the first restart
     cycles: Count  # that made columns
     restart_steps: Count
     done: Flag
+    broken: Flag  # b or A v was not finite
 
 
 class _Limits(NamedTuple):
@@ -83,8 +85,6 @@ def minimal_residual(
         return _nothing(vector, workspace)
     restart = workspace.arnoldi.size - 1
     mv, psolve, b, unit, beta, target = _scaled(system, vector, norm, tolerance, left)
-    # Without a preconditioner Z is V. (Writing a row of V to Z as it is makes XLA copy V, twice.)
-    flexible = workspace.search is not None and psolve is not None
     limits = _Limits(target, max_steps, verify, tree.eps(b))
 
     def step(carry: _Cycle, solve: _Solve) -> _Cycle:
@@ -95,8 +95,9 @@ def minimal_residual(
         if psolve is None:
             z = tree.where(restarting, solve.x, v)
         else:
-            z = lax.cond(restarting, lambda: solve.x, lambda: psolve(v))
-        search = search.set_row(column, z) if flexible else search
+            z = lax.cond(restarting, lambda _: solve.x, psolve, v)
+            # (Without a preconditioner Z is V, and writing V's row to Z makes XLA copy V, twice.)
+            search = None if search is None else search.set_row(column, z)
         w = mv(z)
         w = tree.where(restarting, tree.sub(b, w), w)  # b − A x, or A z_j
         new = orthogonalisation.append(basis, w, j + 1)
@@ -117,7 +118,7 @@ def minimal_residual(
         # Below rounding the estimate says nothing of b − A x any more (and ‖u‖² would overflow).
         enough = residual <= jnp.maximum(limits.target, limits.eps * beta)
         stagnated = restarting & ~(new.norm <= _attainable(solve, limits))
-        exhausted = matvecs - solve.restart_steps - tree.count(restarting) >= max_steps
+        exhausted = matvecs - solve.restart_steps >= max_steps
         stop = enough | stagnated | exhausted | ~finite | (invariant & ~restarting)
         return _Cycle(
             j=j + 1,
@@ -133,7 +134,7 @@ def minimal_residual(
     def corrected(carry: _Cycle, x: Vector) -> Vector:
         y = carry.hessenberg.solve(carry.beta, carry.null_square, carry.columns)
         y = jnp.where(jnp.isfinite(carry.null_square), y, jnp.zeros_like(y))
-        if flexible:
+        if psolve is not None and carry.workspace.search is not None:
             return tree.add(x, carry.workspace.search.combine(y, carry.j))
         dx = carry.workspace.arnoldi.combine(jnp.pad(y, (0, 1)), carry.j)
         return tree.add(x, dx if psolve is None else psolve(dx))
@@ -142,18 +143,25 @@ def minimal_residual(
         restarted = tree.count((solve.cycle.j < 0) & ~solve.done)
         carry = lax.while_loop(
             lambda c: any_lane(c.running) & (c.j < restart),
-            lambda c: step(c, solve),
+            lambda c: step(c, solve._replace(restart_steps=solve.restart_steps + restarted)),
             solve.cycle._replace(running=~solve.done),
         )
         # The restart step that verifies a solution makes no column: nothing to add.
         x = lax.cond(carry.j > 0, lambda: corrected(carry, solve.x), lambda: solve.x)
         residual = jnp.where(solve.done, solve.residual, carry.beta / jnp.sqrt(carry.null_square))
+        broken = ~jnp.isfinite(residual)
+        # What the last cycle made of x was no improvement (singular A, A x not finite): undo it.
+        # Of a cycle that broke off nothing was added.
+        undo = (restarted > 0) & ~(carry.beta <= solve.previous_beta)
+        x = tree.where(undo, solve.previous_x, x)
+        residual = jnp.where(undo, solve.previous_beta, residual)
+        residual = jnp.where(broken & ~undo, carry.beta, residual)
         restart_steps = solve.restart_steps + restarted
         converged = residual <= limits.target
         certain = converged & (carry.columns == 0) if verify else converged
         hopeless = (restarted > 0) & ~(carry.beta <= _attainable(solve, limits))
         exhausted = carry.matvecs - restart_steps >= max_steps
-        finished = certain | hopeless | (exhausted & ~converged) | ~jnp.isfinite(residual)
+        finished = certain | hopeless | (exhausted & ~converged) | broken
         return _Solve(
             cycle=carry._replace(
                 j=jnp.full_like(carry.j, -1),
@@ -162,10 +170,12 @@ def minimal_residual(
             ),
             x=x,
             residual=residual,
+            previous_x=solve.x,
             previous_beta=jnp.where(solve.done, solve.previous_beta, carry.beta),
             cycles=solve.cycles + tree.count(carry.columns > 0),
             restart_steps=restart_steps,
             done=solve.done | finished,
+            broken=solve.broken | broken,
         )
 
     solve = _start(b, beta, unit, guess, workspace, limits)
@@ -207,10 +217,14 @@ def _scaled(
     if left and psolve is not None:
         vector = psolve(vector)
         norm = tree.norm2(vector)
-        mv, psolve = lambda v: system.psolve(system.mv(v)), None
+        mv, psolve = _composed(psolve, mv), None
     unit = _or_one(norm)
     beta = jnp.where(jnp.isfinite(norm), norm / unit, jnp.nan)
     return mv, psolve, tree.scale(1 / unit, vector), unit, beta, target
+
+
+def _composed(outer: LinearFn, inner: LinearFn) -> LinearFn:
+    return lambda v: outer(inner(v))
 
 
 def _or_one(norm: Scalar) -> Scalar:
@@ -248,7 +262,7 @@ def _start(
         running=~done,
     )
     infinite = jnp.full_like(beta, jnp.inf)
-    return _Solve(cycle, x, residual, infinite, none, none, done)
+    return _Solve(cycle, x, residual, x, infinite, none, none, done, ~jnp.isfinite(beta))
 
 
 def _attainable(solve: _Solve, limits: _Limits) -> Scalar:
@@ -266,7 +280,7 @@ def _result(solve: _Solve, steps: Count, limits: _Limits) -> lx.RESULTS:
     where, results = lx.RESULTS.where, lx.RESULTS
     exhausted = steps >= limits.max_steps
     failed = where(exhausted, results.max_steps_reached, results.stagnation)
-    failed = where(jnp.isfinite(solve.residual), failed, results.breakdown)
+    failed = where(solve.broken, results.breakdown, failed)
     return where(solve.residual <= limits.target, results.successful, failed)
 
 

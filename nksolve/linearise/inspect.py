@@ -23,6 +23,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.extend.core as jec
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -115,11 +116,15 @@ def check_traced(jaxpr: jec.Jaxpr, num_unknowns: int, policy: AbstractPolicy) ->
         _check_transposable(jaxpr, num_unknowns, policy)
 
 
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
 def _check_transposable(jaxpr: jec.Jaxpr, num_unknowns: int, policy: AbstractPolicy) -> None:
     # What a reverse rule does is seen only by running it. J v is the transpose of the rule, and
     # there is none of a `while_loop` on the cotangent.
     consts, inputs, outputs = (
-        [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in variables]
+        [_struct(var.aval) for var in variables]
         for variables in (jaxpr.constvars, jaxpr.invars, filter(_inexact, jaxpr.outvars))
     )
     is_inexact = [_inexact(atom) for atom in jaxpr.outvars]
@@ -245,8 +250,9 @@ A loop that depends on `args` alone does no harm."""
 
 def _custom_vjp_text(eqn: jec.JaxprEqn, policy: AbstractPolicy) -> str:
     info = getattr(getattr(_call_jaxpr(eqn), "debug_info", None), "func_src_info", None)
-    name = f" `{info.split(' at ')[0]}`" if isinstance(info, str) else ""
-    defined = f" (defined at {info.split(' at ')[1]})" if name and " at " in info else ""
+    function, _, place = info.partition(" at ") if isinstance(info, str) else ("", "", "")
+    name = f" `{function}`" if function else ""
+    defined = f" (defined at {place})" if place else ""
     return f"""The residual calls a `jax.custom_vjp` function{name}{defined} on values that depend \
 on y{_place(eqn)}. It has a reverse rule only, and {_policy_name(policy)} works in forward mode. \
 Ways out:

@@ -73,6 +73,6 @@ def _marked(layers: Any) -> Any:
         if not callable(layer):
             raise TypeError(f"Layer {index} is not callable: {type(layer).__name__}.")
     return type(layers)(
-        layer if isinstance(layer, CheckpointedLayer) else CheckpointedLayer(layer)
+        layer if isinstance(layer, CheckpointedLayer) else CheckpointedLayer(layer)  # pyright: ignore[reportCallIssue]
         for layer in layers
     )

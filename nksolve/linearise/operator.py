@@ -1,7 +1,6 @@
 """The linearisation of a residual as a Lineax operator."""
 
 import abc
-import functools as ft
 
 import equinox as eqx
 import jax

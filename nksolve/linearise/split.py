@@ -6,7 +6,7 @@ constants; only the hot ones are worth carrying. On a network the hot part is a 
 weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,9 +75,7 @@ class SplitJaxpr:
                 self._hot_eqns.append(eqn)
             else:
                 self._cold_eqns.append(eqn)
-        self.hot_out = [
-            not isinstance(atom, jec.Literal) and atom in hot for atom in jaxpr.outvars
-        ]
+        self.hot_out = [not isinstance(atom, jec.Literal) and atom in hot for atom in jaxpr.outvars]
         read = [atom for eqn in self._hot_eqns for atom in eqn.invars] + list(jaxpr.outvars)
         self._boundary = list(
             dict.fromkeys(a for a in read if not isinstance(a, jec.Literal) and a not in hot)
@@ -118,7 +116,7 @@ def _run(eqns: Sequence[jec.JaxprEqn], env: dict[Any, Any]) -> None:
 
 def distinct(closed: jec.ClosedJaxpr, first: int) -> tuple[jec.ClosedJaxpr, list[int]]:
     """Drops repeated outputs from position `first` on; also where each of those went."""
-    kept: list[Callable] = []
+    kept: list[Any] = []
     seen: dict[Any, int] = {}
     places: list[int] = []
     jaxpr = closed.jaxpr

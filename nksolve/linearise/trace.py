@@ -12,6 +12,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.extend.core as jec
 import jax.tree_util as jtu
 from jaxtyping import Array
@@ -99,7 +100,7 @@ class LinearisedProgram:
             static.append((rest, jtu.tree_structure(arrays)))
             return (lin.value, lin.aux), jtu.tree_leaves(arrays)
 
-        closed, (outputs, arrays) = jax.make_jaxpr(record, return_shape=True)(y, list(params))
+        closed, (outputs, _) = jax.make_jaxpr(record, return_shape=True)(y, list(params))
         self._static_maps, self._maps_treedef = static[-1]
         self._out_treedef = jtu.tree_structure(outputs)
         self._num_out = self._out_treedef.num_leaves
@@ -152,8 +153,8 @@ class _Partial(eqx.Module):
     active: tuple[bool, ...] = eqx.field(static=True)
 
     def __call__(self, y: Vector, chosen: Sequence[Array]) -> tuple[Any, Any]:
-        held, chosen = iter(self.held), iter(chosen)
-        params = [next(chosen) if active else next(held) for active in self.active]
+        held, moving = iter(self.held), iter(chosen)
+        params = [next(moving) if active else next(held) for active in self.active]
         value, aux = self.program(y, params)
         differentiable, rest = eqx.partition(aux, eqx.is_inexact_array)
         return (value, differentiable), rest

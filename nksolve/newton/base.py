@@ -7,12 +7,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
 from equinox import AbstractVar
+from jaxtyping import PyTree
 
 from .. import tree
 from ..krylov.base import AbstractKrylovSolver
 from ..linearise.policies import AbstractPolicy
 from ..loops import any_lane
-from ..typing import Args, Aux, Fn, Vector, Y
+from ..typing import Args, Aux, Y
 
 
 class AbstractRootFinder(optx.AbstractRootFinder):
@@ -33,14 +34,14 @@ class AbstractRootFinder(optx.AbstractRootFinder):
 
 def iterate(
     solver: AbstractRootFinder,
-    fn: Fn,
+    fn: Any,  # Fn, or an AbstractLinearisable
     y0: Y,
     args: Args,
     options: dict[str, Any],
     *,
     max_steps: int,
-    f_struct: Vector,
-    aux_struct: Aux,
+    f_struct: PyTree,
+    aux_struct: PyTree,
     tags: frozenset[object],
 ) -> tuple[Y, Aux, optx.RESULTS, dict[str, Any]]:
     """Steps until every lane has terminated or has used `max_steps` trials.

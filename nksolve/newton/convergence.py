@@ -4,7 +4,6 @@ import abc
 from typing import NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 
 from ..results import REASONS, first_of
 from ..typing import Count, Flag, Scalar
@@ -16,7 +15,7 @@ class Standing(NamedTuple):
     norm: Scalar  # ‖F‖
     initial_norm: Scalar  # ‖F₀‖
     atol: Scalar
-    rtol: Scalar
+    target: Scalar  # atol + rtol ‖F₀‖
     steps_since_best: Count  # accepted steps since the least ‖F‖ was seen
 
 
@@ -46,7 +45,7 @@ class ResidualTest(AbstractConvergenceTest):
 
     def __call__(self, standing: Standing) -> tuple[Flag, REASONS]:
         absolute = standing.norm <= standing.atol
-        relative = standing.norm <= standing.atol + standing.rtol * standing.initial_norm
+        relative = standing.norm <= standing.target
         diverged = standing.norm > self.divergence * standing.initial_norm
         stagnated = standing.steps_since_best >= self.patience
         reason = first_of(
@@ -56,4 +55,4 @@ class ResidualTest(AbstractConvergenceTest):
             (stagnated, REASONS.stagnated),
             otherwise=REASONS.iterating,
         )
-        return jnp.asarray(reason != REASONS.iterating), reason
+        return absolute | relative | diverged | stagnated, reason

@@ -100,9 +100,7 @@ class Backtracking(AbstractLineSearch):
         accepted = value <= 0.5 + self.alpha * length * slope
         excess = value - 0.5 - length * slope
         quadratic = -slope * length**2 / (2 * excess)
-        proposal = jnp.where(
-            state.previous_length > 0, _cubic_minimiser(state, excess), quadratic
-        )
+        proposal = jnp.where(state.previous_length > 0, _cubic_minimiser(state, excess), quadratic)
         shorter = jnp.clip(proposal, 0.1 * length, 0.5 * length)
         shorter = jnp.where(jnp.isfinite(merit) & jnp.isfinite(shorter), shorter, 0.5 * length)
         return _retried(state, merit, accepted, shorter, self.min_length, self.max_trials)
@@ -155,6 +153,4 @@ def _retried(
     accepted = accepted & jnp.isfinite(merit)
     trials = state.trials + 1
     failed = ~accepted & ((trials >= max_trials) | (shorter < min_length))
-    return Judgement(
-        accepted, failed, _Search(state.slope, shorter, state.length, merit, trials)
-    )
+    return Judgement(accepted, failed, _Search(state.slope, shorter, state.length, merit, trials))

@@ -1,12 +1,15 @@
 """Tell the user how a solve goes while it runs; absent from the program unless asked for."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from ..results import REASONS, code, reason_name
+from ..loops import NoProgressMeter
+from ..results import REASONS, code, is_success, reason_name
 from ..typing import Count, Flag, Scalar
+from .state import NewtonState
 
 
 class StepReport(NamedTuple):
@@ -34,34 +37,61 @@ def print_report(report: StepReport) -> None:
     print(f"{line}   {report.reason}" if report.reason else line)
 
 
-def emit(
+def told(
+    solver: Any,
+    old: NewtonState,
+    new: NewtonState,
+    running: Flag,
+    accepted: Flag,
+    test_norm: Scalar,
+    num_matvecs: Count,
+) -> NewtonState:
+    """The new state after a trial was recorded, printed and metered, where the solver asks to."""
+    length = solver.globalisation.step_length(old.search)
+    row = {
+        "norm": test_norm,
+        "eta": jnp.where(num_matvecs > 0, new.direction.eta, jnp.nan),
+        "num_matvecs": num_matvecs,
+        "step_length": jnp.where(old.trial == 0, jnp.zeros_like(length), length),
+        "accepted": accepted,
+    }
+    if new.history is not None:
+        history = new.history.record(old.trial, running, reason=new.reason, **row)
+        new = new._replace(history=history)
+    if solver.verbose:
+        receiver = print_report if solver.verbose is True else solver.verbose
+        _emit(receiver, running, old.trial, row, new.reason)
+    if not isinstance(solver.progress_meter, NoProgressMeter):
+        initial = new.initial_norm
+        done = jnp.log(new.best.test_norm / initial) / jnp.log(solver.target(initial) / initial)
+        done = jnp.where(jnp.isfinite(done), jnp.clip(done, 0.0, 1.0), 0.0)
+        done = jnp.where(is_success(new.reason), jnp.ones_like(done), done)
+        new = new._replace(meter=solver.progress_meter.step(old.meter, done))
+    return new
+
+
+def _emit(
     receiver: Callable[[StepReport], None],
     running: Flag,
     trial: Count,
-    norm: Scalar,
-    eta: Scalar,
-    num_matvecs: Count,
-    step_length: Scalar,
-    accepted: Flag,
+    row: dict[str, Any],
     reason: REASONS,
 ) -> None:
     """Calls `receiver` on the host for every lane that is running."""
 
-    def call(running, trial, norm, eta, num_matvecs, step_length, accepted, reason):
+    def call(running, trial, reason, norm, eta, num_matvecs, step_length, accepted):
         if running:
             name = reason_name(int(reason))
             receiver(
                 StepReport(
-                    int(trial),
-                    float(norm),
-                    float(eta),
-                    int(num_matvecs),
-                    float(step_length),
-                    bool(accepted),
-                    "" if name == "iterating" else name,
+                    trial=int(trial),
+                    norm=float(norm),
+                    eta=float(eta),
+                    num_matvecs=int(num_matvecs),
+                    step_length=float(step_length),
+                    accepted=bool(accepted),
+                    reason="" if name == "iterating" else name,
                 )
             )
 
-    jax.debug.callback(
-        call, running, trial, norm, eta, num_matvecs, step_length, accepted, code(reason)
-    )
+    jax.debug.callback(call, running, trial, code(reason), **row)

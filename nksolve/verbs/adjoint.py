@@ -231,5 +231,3 @@ def tangents_at(
     linearised = LinearisedProgram(program, y, params, active, policy)
     lin = linearised.at(params).linearise(y, frozenset())
     return implicit_tangents(lin, y, [t for t in t_params if t is not None], linear)
-
-

@@ -24,9 +24,9 @@ from ..linearise.trace import LinearisedProgram, Program
 from ..newton.base import AbstractRootFinder, iterate
 from ..typing import Args, Vector, Y
 from .adjoint import (
+    AbstractReuse,
     ImplicitSolve,
     KeepLinearisation,
-    AbstractReuse,
     check_differentiable,
     implicit_tangents,
     tangents_at,
@@ -53,9 +53,7 @@ class Problem(eqx.Module):
 
     def linearised(self, params: Sequence[Array], active: Sequence[bool]) -> LinearisedProgram:
         """The program's linearisation in y and the active parameters."""
-        return LinearisedProgram(
-            self.program, self.variables, params, active, self.solver.policy
-        )
+        return LinearisedProgram(self.program, self.variables, params, active, self.solver.policy)
 
     def solve(
         self, linearised: LinearisedProgram, params: Sequence[Array], *, keep: bool
@@ -141,5 +139,3 @@ def _output_tangents(out: PyTree, dy: Vector, daux: PyTree) -> PyTree:
     t_aux = [next(moved) if eqx.is_inexact_array(leaf) else None for leaf in flat]
     nothing = jtu.tree_map(lambda _: None, (result, stats))
     return (dy, jtu.tree_unflatten(treedef, t_aux), *nothing)
-
-

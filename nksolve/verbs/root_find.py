@@ -114,5 +114,3 @@ def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, (float, complex, np.ndarray, np.inexact)):
         return jnp.asarray(leaf)
     return leaf
-
-

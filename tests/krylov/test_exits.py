@@ -64,7 +64,7 @@ def test_warm_start(method):
 
 def test_zero_rhs_needs_no_tolerance_to_forget_a_guess():
     solution = _solve(A, 0 * B, nks.GMRES(rtol=1e-8), y0=jnp.ones(N))
-    assert _ok(solution) and _counts(solution) == (0, 1, 0)
+    assert _ok(solution) and _counts(solution) == (0, 0, 0)
     np.testing.assert_array_equal(solution.value, 0)
 
 
@@ -149,16 +149,15 @@ def test_non_finite_data_is_a_breakdown(method, bad):
         lx.linear_solve(lx.MatrixLinearOperator(jnp.asarray(A)), jnp.asarray(rhs), method())
 
 
-def test_a_matvec_that_turns_bad_keeps_the_progress():
-    """The operator overflows on small vectors only: the steps before still count."""
+def test_a_matvec_that_turns_bad_gives_up_its_cycle():
+    """The operator overflows on some vectors only: x stays as at the last restart."""
     system = LinearSystem(lambda v: jnp.where(jnp.abs(v[0]) > 0.5, A @ v, jnp.nan * v), None, True)
     b = jnp.asarray(np.eye(N)[0])
     solver = nks.GMRES()
     space = solver.workspace(b, real=True)
     out = solver.solve(system, b, tolerance=1e-6, workspace=space)
     assert bool(out.result == lx.RESULTS.breakdown) and int(out.num_steps) == 2
-    assert np.all(np.isfinite(out.value)) and np.any(out.value)
-    assert np.linalg.norm(b - A @ out.value) < 1
+    np.testing.assert_array_equal(out.value, 0)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out.workspace))
 
 

@@ -83,7 +83,7 @@ def test_columns_not_in_use_do_not_matter():
 @pytest.mark.parametrize("below", [1e-14, 1e-30, 0.0])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_tiny_subdiagonal_is_a_happy_breakdown(below, dtype):
-    """With u already large, ‖u‖² stays finite: in float32 an overflow would throw the cycle away."""
+    """With u already large, ‖u‖² stays finite (in float32 it overflowed)."""
     matrix = _random(np.random.default_rng(4), 3, np.float64)
     matrix[:4, :3] = np.array([[1.0, 1e-3, 0.2], [1e-3, 1.0, 1e-3], [0, 1e-3, 1.0], [0, 0, below]])
     hessenberg, square, estimates = _build(matrix.astype(dtype), 3)

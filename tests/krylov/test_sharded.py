@@ -43,9 +43,9 @@ def test_sharded(devices, n):
     for one in found:
         assert one.kind == "all-reduce"
         assert all(math.prod(t.shape) < n // devices for t in one.shapes), one
-    # The operator's mean is one of them; two are the method's.
+    # The operator's mean is one of them; three are the method's.
     by_body = {}
     for one in found:
         if one.in_loop:
             by_body[one.computation] = by_body.get(one.computation, 0) + 1
-    assert by_body and max(by_body.values()) <= 3, by_body
+    assert by_body and max(by_body.values()) <= 4, by_body

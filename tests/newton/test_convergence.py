@@ -8,8 +8,10 @@ from nksolve.newton.convergence import Standing
 
 from .solving import reason, run
 
+DEFAULT = nks.ResidualTest()
 
-def verdict(test=nks.ResidualTest(), *, norm, initial=1.0, atol=0.0, rtol=0.0, since_best=0):
+
+def verdict(test=DEFAULT, *, norm, initial=1.0, atol=0.0, rtol=0.0, since_best=0):
     numbers = (jnp.asarray(x, jnp.float64) for x in (norm, initial, atol, rtol))
     stop, why = test(Standing(*numbers, jnp.asarray(since_best, jnp.int32)))
     assert bool(stop) == (nks.reason_name(why) != "iterating")

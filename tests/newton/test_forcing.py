@@ -166,3 +166,29 @@ def test_choice_2_in_a_solve():
         value = max(value, floor) if floor > 0.1 else value
         expected.append(min(0.9, max(value, 0.5 * (1e-10 + 1e-9 * norms[0]) / norms[k])))
     np.testing.assert_allclose(etas[:-1], expected, rtol=1e-10)
+
+
+def _bent(y, args):
+    matrix, b, bend = args
+    return b + matrix @ y + bend * jnp.sum(y * y)
+
+
+def test_choice_1_after_a_shortened_inexact_step():
+    """The model is that of the step taken: ‖F + λ J d‖, here with one GMRES iteration for d."""
+    matrix, b = np.asarray([[1.0, 0.6], [-0.7, 0.8]]), np.asarray([1.0, 0.4])
+    args = (jnp.asarray(matrix), jnp.asarray(b), jnp.asarray(2.0))
+    solver = nks.NewtonKrylov(
+        1e-6,
+        0.0,
+        linear_solver=nks.GMRES(restart=1, max_steps=1),
+        forcing=nks.EisenstatWalker1(threshold=0.99),  # no safeguard
+        history_length=16,
+    )
+    record = rows(run(_bent, solver, jnp.zeros(2), args, max_steps=10))
+    norms, lengths = record["norm"][record["accepted"]], record["step_length"][record["accepted"]]
+    assert lengths[1] < 1
+    image = matrix @ b
+    direction = -(image @ b) / (image @ image) * b
+    model = np.linalg.norm(b + lengths[1] * matrix @ direction)
+    expected = abs(norms[1] - model) / norms[0]
+    np.testing.assert_allclose(record["eta"][record["accepted"]][1], expected, rtol=1e-9)

@@ -64,8 +64,8 @@ def test_ferraris_tronconi(start, steps):
     assert counters(solution)["num_steps"] <= steps
     assert counters(solution)["num_rejected_steps"] == 0
     assert float(max_norm(problem.fn(solution.value, None))) <= 1e-5
-    # The sixth digit of a root where ‖F‖∞ is 1e-7.
-    np.testing.assert_allclose(solution.value, problem.published["solution"], atol=2e-6)
+    # Six digits are printed.
+    np.testing.assert_allclose(solution.value, problem.published["solution"], rtol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_convection_diffusion():
     solver = nks.NewtonKrylov(
         1e-7,
         1e-10,
-        forcing=nks.ConstantForcing(1e-6),
+        forcing=nks.ConstantForcing(1e-5),
         globalisation=nks.FullStep(),
         linear_solver=nks.GMRES(restart=150),
         history_length=8,
@@ -154,7 +154,7 @@ def test_convection_diffusion():
     solution = solve(problem, solver)
     norms = rows(solution)["norm"]
     np.testing.assert_allclose(norms[0], problem.published["start_norm"], rtol=1e-7)
-    np.testing.assert_allclose(norms[:4], problem.published["newton_history"][:4], rtol=1e-4)
+    np.testing.assert_allclose(norms[:4], problem.published["newton_history"][:4], rtol=2e-4)
     assert reason(solution) in ("residual_atol", "residual_rtol")
     assert counters(solution)["num_steps"] <= 5
     error = float(max_norm(solution.value - problem.continuum))

@@ -146,12 +146,13 @@ def test_every_reason_is_provoked():
     assert set(EXPECTED.values()) == names - {"iterating"}
 
 
-def test_trials_are_not_all_equal():
-    """The cycling solve returns the better of its two points, not the last."""
+def test_best_point_of_a_cycle():
+    """The better of its two points, which is not the last."""
     solution, _, _ = solve("stagnated", throw=False)
     np.testing.assert_allclose(solution.value, [1.0, 1.0])
-    assert rows(solution)["norm"][-1] > float(solution.stats["residual_norm"])
-    assert trials(solution) == 1 + 1 + 20  # the best point is the first step's, then patience
+    assert rows(solution)["norm"][-2] > 1.9 * float(solution.stats["residual_norm"])
+    # The best point is the first step's; then patience runs out (once more where rounding helps).
+    assert trials(solution) in (22, 23)
 
 
 def test_best_point_of_a_divergence_is_the_start():

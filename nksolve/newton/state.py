@@ -1,0 +1,69 @@
+"""What NewtonKrylov carries from one trial to the next."""
+
+from typing import NamedTuple
+
+from jaxtyping import PyTree
+
+from ..history import History
+from ..results import REASONS
+from ..typing import Aux, Count, Flag, Scalar, Vector
+
+
+class Direction(NamedTuple):
+    """d, from J d ≈ −F."""
+
+    vector: Vector
+    slope: Scalar  # FᵀJd / ‖F‖₂²
+    residual: Scalar  # ‖F + J d‖₂ / ‖F‖₂
+    eta: Scalar
+
+
+class Best(NamedTuple):
+    """The point of least ‖F‖₂ among those evaluated; the root once there is one."""
+
+    point: Vector
+    norm: Scalar
+    test_norm: Scalar
+    aux: Aux
+
+
+class Counters(NamedTuple):
+    """The counters of the stats, under their names there."""
+
+    num_steps: Count
+    num_rejected_steps: Count
+    num_linearisations: Count
+    num_matvecs: Count
+    num_preconditioner_applications: Count
+    num_preconditioner_updates: Count
+    num_linear_failures: Count
+
+
+class NewtonState(NamedTuple):
+    """The state of a solve. Norms are 2-norms, but for the test norms."""
+
+    trial: Count  # trial points so far, the initial one included; the same for every lane
+    direction: Direction
+    search: PyTree  # of the globalisation
+    norm: Scalar  # ‖F(y)‖₂
+    initial_norm: Scalar  # ‖F(y₀)‖ in the norm of the residual test
+    best: Best
+    steps_since_best: Count
+    forcing: PyTree
+    preconditioner: PyTree
+    workspace: PyTree
+    reason: REASONS
+    counters: Counters
+    history: History | None
+    meter: PyTree
+
+
+class Verdict(NamedTuple):
+    """On a trial point."""
+
+    accepted: Flag
+    solve: Flag  # a new direction is wanted
+    improved: Flag  # the best point so far
+    steps_since_best: Count
+    reason: REASONS
+    search: PyTree

@@ -12,12 +12,12 @@ GMRES = {
     "bratu-64": (40, 1e-1, 1e4),
     "bratu-128": (80, 1e-1, 1e4),
     "chandrasekhar-2048": (3, 1e-1, 1e3),
-    "batch-256x64": (5, 1e-1, 1e2),
+    "batch-256x64": (3, 0.3, 1e2),
 }
 BICGSTAB = {
     "tanh-1024": (0.3, 1e3),
-    "bratu-64": (0.3, 1e4),
-    "bratu-128": (0.3, 1e4),
+    "bratu-64": (1e-1, 1e3),
+    "bratu-128": (1e-1, 1e3),
     "chandrasekhar-2048": (0.3, 1e2),
     "batch-256x64": (0.3, 1e2),
 }

@@ -20,7 +20,7 @@ class History(eqx.Module):
     - `step_length`: λ of the trial, as a fraction of the Newton direction.
     - `accepted`: whether the trial point was accepted.
     - `reason`: the code of the reason (see `nks.reason_name`): `iterating`, and in the last row
-      why the solve stopped.
+      why the solve stopped (but for `max_steps`, which is known only afterwards).
     """
 
     norm: Float[Array, " length"]

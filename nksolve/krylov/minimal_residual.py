@@ -95,7 +95,8 @@ def minimal_residual(
         if psolve is None:
             z = tree.where(restarting, solve.x, v)
         else:
-            z = lax.cond(restarting, lambda _: solve.x, psolve, v)
+            apply = psolve
+            z = lax.cond(restarting, lambda: solve.x, lambda: apply(v))
             # (Without a preconditioner Z is V, and writing V's row to Z makes XLA copy V, twice.)
             search = None if search is None else search.set_row(column, z)
         w = mv(z)

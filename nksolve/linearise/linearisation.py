@@ -43,6 +43,11 @@ class Linearisation(eqx.Module):
 class AbstractLinearisable(eqx.Module):
     """A residual that brings its own way of being linearised; `nks.linearise` hands over to it."""
 
+    def __call__(self, y: Y, args: Args) -> tuple[Vector, Aux]:
+        """`(f, aux)` at y; args are those that it was made with."""
+        lin = self.linearise(y, frozenset())
+        return lin.value, lin.aux
+
     @abc.abstractmethod
     def linearise(self, y: Y, tags: frozenset[object]) -> Linearisation:
         """The linearisation at y."""

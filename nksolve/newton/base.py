@@ -34,7 +34,7 @@ class AbstractRootFinder(optx.AbstractRootFinder):
 
 def iterate(
     solver: AbstractRootFinder,
-    fn: Any,  # Fn, or an AbstractLinearisable
+    fn: Fn,
     y0: Y,
     args: Args,
     options: dict[str, Any],

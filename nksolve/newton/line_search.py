@@ -150,7 +150,12 @@ def _retried(
     min_length: float,
     max_trials: int,
 ) -> Judgement:
-    accepted = accepted & jnp.isfinite(merit)
+    finite = jnp.isfinite(merit)
+    accepted = accepted & finite
     trials = state.trials + 1
     failed = ~accepted & ((trials >= max_trials) | (shorter < min_length))
-    return Judgement(accepted, failed, _Search(state.slope, shorter, state.length, merit, trials))
+    # A trial that is not finite is no point to interpolate through.
+    previous_length = jnp.where(finite, state.length, state.previous_length)
+    previous_merit = jnp.where(finite, merit, state.previous_merit)
+    search = _Search(state.slope, shorter, previous_length, previous_merit, trials)
+    return Judgement(accepted, failed, search)

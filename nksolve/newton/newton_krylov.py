@@ -114,7 +114,7 @@ class NewtonKrylov(AbstractRootFinder):
             search=self.globalisation.start(-one),
             norm=infinite,
             initial_norm=infinite,
-            best=Best(variables, infinite, infinite, tree.zeros_like(aux_struct)),
+            best=Best(variables, infinite, jnp.nan * one, tree.zeros_like(aux_struct)),
             steps_since_best=none,
             forcing=self.forcing.init(dtype),
             preconditioner=carried_arrays(

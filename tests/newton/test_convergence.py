@@ -12,8 +12,9 @@ DEFAULT = nks.ResidualTest()
 
 
 def verdict(test=DEFAULT, *, norm, initial=1.0, atol=0.0, rtol=0.0, since_best=0):
-    numbers = (jnp.asarray(x, jnp.float64) for x in (norm, initial, atol, rtol))
-    stop, why = test(Standing(*numbers, jnp.asarray(since_best, jnp.int32)))
+    numbers = {"norm": norm, "initial_norm": initial, "atol": atol, "target": atol + rtol * initial}
+    numbers = {name: jnp.asarray(x, jnp.float64) for name, x in numbers.items()}
+    stop, why = test(Standing(**numbers, steps_since_best=jnp.asarray(since_best, jnp.int32)))
     assert bool(stop) == (nks.reason_name(why) != "iterating")
     return nks.reason_name(why)
 

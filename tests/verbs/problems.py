@@ -29,8 +29,8 @@ def layer(y, args):
 
 
 def root(args):
-    """By nksolve."""
-    return nks.root_find(layer, SOLVER, jnp.zeros(N), args).value
+    """By nksolve; `throw` off, whose host callback would keep it out of the compilation cache."""
+    return nks.root_find(layer, SOLVER, jnp.zeros(N), args, throw=False).value
 
 
 def dense_root(args, fn: Callable = layer, y=None, steps: int = 2):

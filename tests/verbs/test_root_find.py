@@ -234,11 +234,6 @@ REFUSED = {
         ValueError,
         "non-negative integer",
     ),
-    "max_steps=None": (
-        lambda: nks.root_find(cubic, NEWTON, jnp.ones(3), 1.0, max_steps=None),
-        ValueError,
-        "non-negative integer",
-    ),
     "Lineax solver": (
         lambda: nks.NewtonKrylov(rtol=1e-8, atol=1e-8, linear_solver=lx.LU()),
         Exception,  # a type check in tests, a TypeError without

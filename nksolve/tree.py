@@ -106,12 +106,12 @@ def conj(a: Vector) -> Vector:
     return jtu.tree_map(jnp.conj, a)
 
 
-def zeros_like(a: Vector | Structure) -> Vector:
+def zeros_like(a: PyTree) -> PyTree:
     """The zero vector of a's space (a may also be a tree of `jax.ShapeDtypeStruct`s)."""
     return jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), a)
 
 
-def where(condition: Flag, a: Vector, b: Vector) -> Vector:
+def where(condition: Flag, a: PyTree, b: PyTree) -> PyTree:
     """a if `condition` else b, leaf by leaf, for one scalar condition (any array dtype)."""
     return jtu.tree_map(lambda x, y: jnp.where(condition, x, y), a, b)
 

@@ -6,7 +6,7 @@ constants; only the hot ones are worth carrying. On a network the hot part is a 
 weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class SplitJaxpr:
         hot = set(self._hot_in)
         self._cold_eqns: list[jec.JaxprEqn] = []
         self._hot_eqns: list[jec.JaxprEqn] = []
-        for eqn in jaxpr.eqns:
+        for eqn in _live(jaxpr):
             if any(not isinstance(atom, jec.Literal) and atom in hot for atom in eqn.invars):
                 hot.update(eqn.outvars)
                 self._hot_eqns.append(eqn)
@@ -102,6 +102,23 @@ class SplitJaxpr:
             None if is_hot else _read(env, atom)
             for is_hot, atom in zip(self.hot_out, self._closed.jaxpr.outvars, strict=True)
         ]
+
+
+def _live(jaxpr: jec.Jaxpr) -> list[jec.JaxprEqn]:
+    """The equations that an output needs, or that have an effect."""
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, jec.Literal)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, jec.Literal))
+            live.append(eqn)
+    return live[::-1]
+
+
+def depends(fn: Callable[..., Any], *args: Any) -> list[bool]:
+    """Which leaves of `fn(*args)` depend on the arguments at all."""
+    closed = inline(jax.make_jaxpr(fn)(*args))
+    return SplitJaxpr(closed, len(closed.jaxpr.invars)).hot_out
 
 
 def _read(env: dict[Any, Any], atom: Any) -> Any:

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.extend.core as jec
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
 
@@ -63,12 +64,12 @@ def trace(fn: Fn, y: Y, args: Args, *, has_aux: bool) -> tuple[Program, list[Arr
         check_residual(value)
         aux, static = eqx.partition(aux, eqx.is_array_like)
         static_aux.append(static)
-        return jtu.tree_map(jax.numpy.asarray, (value, aux))
+        return jtu.tree_map(jnp.asarray, (value, aux))
 
     closed, shapes = jax.make_jaxpr(run, return_shape=True)(variables, arrays)
     num_unknowns = len(jtu.tree_leaves(variables))
     program = Program(closed.jaxpr, jtu.tree_structure(shapes), static_aux[-1], num_unknowns)
-    return program, [*closed.consts, *jtu.tree_leaves(arrays)]
+    return program, [*map(jnp.asarray, closed.consts), *jtu.tree_leaves(arrays)]
 
 
 class LinearisedProgram:

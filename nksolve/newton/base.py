@@ -13,7 +13,7 @@ from .. import tree
 from ..krylov.base import AbstractKrylovSolver
 from ..linearise.policies import AbstractPolicy
 from ..loops import any_lane
-from ..typing import Args, Aux, Y
+from ..typing import Args, Aux, Fn, Y
 
 
 class AbstractRootFinder(optx.AbstractRootFinder):

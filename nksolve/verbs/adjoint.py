@@ -12,15 +12,16 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import tree
-from ..krylov.base import AbstractKrylovSolver, KrylovState, LinearSystem
+from ..krylov.base import AbstractKrylovSolver, LinearSystem
 from ..krylov.basis import as_real_space
 from ..linearise.linearisation import Linearisation
 from ..linearise.policies import AbstractPolicy, Linearise
+from ..linearise.split import depends
 from ..linearise.tags import holomorphic_tag
 from ..linearise.trace import LinearisedProgram, trace
 from ..loops import while_loop
 from ..newton.base import AbstractRootFinder
-from ..typing import Args, Aux, ScalarLike, Vector, Y
+from ..typing import Args, Aux, Flag, ScalarLike, Vector, Y
 
 
 class AbstractReuse(eqx.Module):
@@ -112,13 +113,12 @@ class ImplicitSolve(eqx.Module):
         """J⁻¹ b."""
         real = as_real_space(b, holomorphic_tag in self.tags)
         state = self.linear_solver.prepare(stop_gradient(operator), stop_gradient(y), self.args)
-        forward, backward = state.system(real), _Lazy(state, real)
 
         def solve(mv, b):
-            return self._run(forward._replace(mv=mv), b)
+            return self._run(state.system(real)._replace(mv=mv), b)
 
         def transpose_solve(vecmat, b):
-            return self._run(backward()._replace(mv=vecmat), b)
+            return self._run(state.transpose().system(real)._replace(mv=vecmat), b)
 
         return lax.custom_linear_solve(operator.mv, b, solve, transpose_solve)
 
@@ -134,46 +134,54 @@ class ImplicitSolve(eqx.Module):
         )
         failed = out.result != lx.RESULTS.successful
         if self.throw:
-            return eqx.error_if(
-                out.value,
+            failed = eqx.error_if(
+                failed,
                 failed,
                 "The linear solve for a derivative of the root did not converge. Loosen "
                 "`KrylovAdjoint(rtol=...)`, precondition the Krylov method, or use a longer "
                 "`restart`; with `throw=False` the derivative is NaN instead.",
             )
-        nan = jtu.tree_map(lambda x: jnp.full_like(x, jnp.nan), out.value)
-        return tree.where(failed, nan, out.value)
+        return nan_where(failed, out.value)
 
 
-class _Lazy:
-    """The transposed system, made only where it is wanted."""
+def nan_where(failed: Flag, vector: Vector) -> Vector:
+    """NaN in place of a vector that is not to be used.
 
-    def __init__(self, state: KrylovState, real: bool):
-        self._state = state
-        self._real = real
-
-    def __call__(self) -> LinearSystem:
-        return self._state.transpose().system(self._real)
+    With a flag that has been through `eqx.error_if` this threads the error on to the vector: the
+    check itself must see scalars only, since it would gather a vector that is sharded.
+    """
+    return jtu.tree_map(lambda x: jnp.where(failed, jnp.full_like(x, jnp.nan), x), vector)
 
 
 def implicit_tangents(
     lin: Linearisation, y: Vector, tangents: Sequence[Array], solve: Callable[..., Vector]
 ) -> tuple[Vector, Aux]:
     """(ẏ, aux tangent) from θ̇: J ẏ = −(∂F/∂θ) θ̇, by the joint map of (F, aux)."""
-    df, _ = lin.joint.mv((tree.zeros_like(y), list(tangents)))
-    dy = solve(lin.operator, y, tree.neg(_anchored(df, tangents)))
-    _, daux = lin.joint.mv((dy, list(tangents)))
+
+    def explicit(tangents):
+        return lin.joint.mv((tree.zeros_like(y), tangents))
+
+    df, daux = explicit(list(tangents))
+    flags = depends(lambda t: explicit(t)[0], list(tangents))
+    dy = solve(lin.operator, y, tree.neg(_anchored(df, flags, tangents)))
+    if jtu.tree_leaves(daux):
+        _, daux = lin.joint.mv((dy, list(tangents)))
     return dy, daux
 
 
-def _anchored(vector: Vector, tangents: Sequence[Array]) -> Vector:
+def _anchored(vector: Vector, depends: list[bool], tangents: Sequence[Array]) -> Vector:
     """The vector, every leaf of it depending on the tangents, as the transpose of
     `lax.custom_linear_solve` needs."""
     smallest = min((t for t in tangents if t.size > 0), key=lambda t: t.size, default=None)
-    if smallest is None:
+    if all(depends) or smallest is None:
         return vector
     nothing = 0 * smallest.reshape(-1)[0].real
-    return jtu.tree_map(lambda x: x + nothing.astype(x.dtype), vector)
+    leaves, treedef = jtu.tree_flatten(vector)
+    anchored = [
+        x if known else x + nothing.astype(x.dtype)
+        for x, known in zip(leaves, depends, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, anchored)
 
 
 def stop_gradient(value: PyTree) -> PyTree:

@@ -12,7 +12,7 @@ from ..linearise.inspect import check_unknown
 from ..linearise.trace import trace
 from ..newton.base import AbstractRootFinder
 from ..typing import Args, Fn, Y
-from .adjoint import KrylovAdjoint, stop_gradient
+from .adjoint import KrylovAdjoint, nan_where, stop_gradient
 from .implicit import Problem, root
 
 
@@ -62,19 +62,17 @@ def root_find(
     """
     if not isinstance(max_steps, int) or max_steps < 0:
         raise ValueError(f"`max_steps` must be a non-negative integer, but it is {max_steps!r}.")
-    if not isinstance(solver, AbstractRootFinder):
-        foreign = optx.ImplicitAdjoint() if adjoint is None else adjoint
-        return optx.root_find(
-            fn, solver, y0, args, options, has_aux=has_aux, max_steps=max_steps, adjoint=foreign,
-            throw=throw, tags=tags,
-        )  # fmt: skip
-    adjoint = KrylovAdjoint() if adjoint is None else adjoint
+    ours = isinstance(solver, AbstractRootFinder)
+    if adjoint is None:
+        adjoint = KrylovAdjoint() if ours else optx.ImplicitAdjoint()
     y0 = jtu.tree_map(_as_array, y0)
-    if not isinstance(adjoint, KrylovAdjoint):
-        return optx.root_find(
-            fn, solver, y0, args, options, has_aux=has_aux, max_steps=max_steps + 1,
+    if not ours or not isinstance(adjoint, KrylovAdjoint):
+        # Optimistix counts the evaluation of the initial point, which is the first of our steps.
+        solution = optx.root_find(
+            fn, solver, y0, args, options, has_aux=has_aux, max_steps=max_steps + ours,
             adjoint=adjoint, throw=throw, tags=tags,
         )  # fmt: skip
+        return eqx.tree_at(lambda s: s.stats["max_steps"], solution, max_steps)
     check_unknown(y0)
     return _root_find(
         fn, solver, y0, args, {} if options is None else options, has_aux, max_steps, adjoint,
@@ -97,15 +95,13 @@ def _root_find(fn, solver, y0, args, options, has_aux, max_steps, adjoint, throw
         tags=tags,
     )
     variables, aux, result, stats = root(params, problem=problem)
+    if throw:
+        failed = result != optx.RESULTS.successful
+        variables = nan_where(stats["reason"].error_if(failed, failed), variables)
     value = eqx.combine(variables, eqx.filter(y0, eqx.is_inexact_array, inverse=True))
     solution = optx.Solution(
         value=value, result=result, aux=program.complete(aux), stats=stats, state=None
     )
-    if throw:
-        reason = stats["reason"]
-        failed = result != optx.RESULTS.successful
-        arrays, rest = eqx.partition(solution, eqx.is_array)
-        solution = eqx.combine(reason.error_if(arrays, failed), rest)
     return solution
 
 

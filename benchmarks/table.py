@@ -44,7 +44,8 @@ def compile_table(entries: Sequence[tuple[Row, CompileTime]]) -> str:
     lines = _header(_COMPILE)
     for row, entry in entries:
         seconds = [f"{x:.2f}" for x in entry[1:-1]]
-        lines.append(_line([row.name, entry.solver, *seconds, _digits(1e3 * entry.gradient_run)]))
+        run = "fails" if math.isnan(entry.gradient_run) else _digits(1e3 * entry.gradient_run)
+        lines.append(_line([row.name, entry.solver, *seconds, run]))
     return "\n".join(lines)
 
 

@@ -12,11 +12,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from equinox import AbstractVar
+from jaxtyping import PyTree
 
 from .. import tree
 from ..loops import any_lane
 from ..typing import Count, Flag, LinearFn, Scalar, ScalarLike, Vector
-from .base import KrylovResult, LinearSystem
+from .base import AbstractKrylovSolver, KrylovResult, LinearSystem, check_tolerances
 from .basis import Basis
 from .hessenberg import Hessenberg
 from .orthogonalise import AbstractOrthogonalisation
@@ -150,7 +152,7 @@ def minimal_residual(
         # The restart step that verifies a solution makes no column: nothing to add.
         x = lax.cond(carry.j > 0, lambda: corrected(carry, solve.x), lambda: solve.x)
         residual = jnp.where(solve.done, solve.residual, carry.beta / jnp.sqrt(carry.null_square))
-        broken = ~jnp.isfinite(residual)
+        broken = ~solve.done & ~jnp.isfinite(residual)
         # What the last cycle made of x was no improvement (singular A, A x not finite): undo it.
         # Of a cycle that broke off nothing was added.
         undo = (restarted > 0) & ~(carry.beta <= solve.previous_beta)
@@ -295,9 +297,50 @@ def _applications(system: LinearSystem, solve: _Solve, steps: Count, left: bool)
     return steps + solve.cycles  # one at the end of each cycle
 
 
-def restart_length(restart: int, vector: Vector, real: bool) -> int:
-    """The restart, cut to the dimension of the space (2n for complex vectors as real ones)."""
-    dimension = tree.size(vector)
-    if real and any(jnp.iscomplexobj(leaf) for leaf in jtu.tree_leaves(vector)):
-        dimension *= 2
-    return max(min(restart, dimension), 1)
+class AbstractMinimalResidual(AbstractKrylovSolver):
+    """What GMRES and FGMRES have in common: fields, their checks, and the iteration."""
+
+    restart: AbstractVar[int]
+    max_steps: AbstractVar[int | None]
+    side: AbstractVar[str]
+    orthogonalisation: AbstractVar[AbstractOrthogonalisation]
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+        if self.restart < 1:
+            raise ValueError(f"`restart` must be at least 1, but it is {self.restart}.")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ValueError(f"`max_steps` must not be negative, but it is {self.max_steps}.")
+        if self.side not in ("left", "right"):
+            raise ValueError(f"`side` must be 'left' or 'right', but it is {self.side!r}.")
+
+    def solve(
+        self,
+        system: LinearSystem,
+        vector: Vector,
+        *,
+        tolerance: ScalarLike,
+        workspace: PyTree,
+        norm: Scalar | None = None,
+        guess: Vector | None = None,
+        verify: bool = False,
+    ) -> KrylovResult:
+        return minimal_residual(
+            system,
+            vector,
+            norm=norm,
+            tolerance=tolerance,
+            workspace=workspace,
+            guess=guess,
+            verify=verify,
+            max_steps=10 * tree.size(vector) if self.max_steps is None else self.max_steps,
+            orthogonalisation=self.orthogonalisation,
+            left=self.side == "left",
+        )
+
+    def _length(self, vector: Vector, real: bool) -> int:
+        """The restart, cut to the dimension of the space (2n for complex vectors as real ones)."""
+        dimension = tree.size(vector)
+        if real and any(jnp.iscomplexobj(leaf) for leaf in jtu.tree_leaves(vector)):
+            dimension *= 2
+        return max(min(self.restart, dimension), 1)

@@ -55,12 +55,13 @@ class NewtonKrylov(AbstractRootFinder):
     - `step_tol`: give up (`step_small`) where a step changes no entry of y by more than `step_tol`
       of itself; the unit round-off of y by default.
     - `history_length`: keep records of so many trials in `stats["history"]`; 0 for none.
-    - `progress_meter`: an Equinox progress meter, stepping with log ‖F‖.
+    - `progress_meter`: a meter of `equinox.internal` (`TextProgressMeter()`, …), stepping with
+      log ‖F‖.
     - `verbose`: print a line at each trial, or call `verbose(report)` with an `nks.StepReport`.
       Both are absent from the compiled program unless asked for.
 
-    Storage: the Krylov workspace, one linearisation, 3 vectors (y, d, the best point). Work of a
-    step: one evaluation of `fn`, the matvecs of one Krylov solve.
+    Storage: the Krylov workspace, one linearisation, 3 vectors (y, d, the best point) and aux.
+    Work of a step: one evaluation of `fn`, the matvecs of one Krylov solve.
 
     Source: Knoll & Keyes, J. Comput. Phys. 193, 2004; Eisenstat & Walker, SIAM J. Sci. Comput.
     17(1), 1996; Kelley, Solving Nonlinear Equations with Newton's Method, SIAM 2003, chapter 3.

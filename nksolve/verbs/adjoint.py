@@ -58,7 +58,7 @@ class KrylovAdjoint(optx.AbstractAdjoint):
     A linear solve that fails raises where the verb has `throw=True`, and otherwise gives NaN
     derivatives.
 
-    Work: one Krylov solve for a JVP or a VJP. Storage: the Krylov workspace.
+    Work: one Krylov solve for a JVP or a VJP. Storage: a Krylov workspace of its own.
     """
 
     linear_solver: AbstractKrylovSolver | None = None

@@ -34,8 +34,9 @@ class GMRES(AbstractMinimalResidual):
     than √ε of itself (singular A, or a tolerance below the rounding level); `breakdown` when A v is
     not finite.
 
-    Storage: m + 1 vectors of the basis and b, x, the x before the last cycle: m + 4. Work: one
-    matvec, one preconditioner application, three reductions (`CGS2`) an iteration; per cycle one matvec and one preconditioner application more.
+    Storage: m + 1 vectors of the basis, and b, x, the x before the last cycle: m + 4. Work: one
+    matvec, one preconditioner application, three reductions (`CGS2`) an iteration; per cycle one
+    matvec and one preconditioner application more.
 
     Source: Saad & Schultz, SIAM J. Sci. Stat. Comput. 7(3), 1986; right preconditioning: Saad,
     Iterative Methods for Sparse Linear Systems, 2nd ed., algorithm 9.5.

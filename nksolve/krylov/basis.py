@@ -14,9 +14,11 @@ from jaxtyping import Array, Inexact
 from .. import tree
 from ..typing import Count, Vector
 
-# Below this many entries a pass over all rows is cheaper than choosing among blocks of rows.
+# Where blocks of rows end, for vectors of at least so many entries. A pass reads whole blocks: the
+# first, short one serves loose solves, which stop early. Each block compiles its own products, and
+# costs a pass one more vector to add up, so there are few, and small vectors have one.
 _BLOCKED_FROM = 8192
-_BLOCK_ENDS = (8, 16)
+_BLOCK_ENDS = (8, 32, 64)
 
 
 class Basis(eqx.Module):
@@ -36,8 +38,8 @@ class Basis(eqx.Module):
     @staticmethod
     def allocate(vector: Vector, size: int, *, real: bool) -> "Basis":
         """A basis of zero vectors like `vector`."""
-        ends = [end for end in _BLOCK_ENDS if end < size]
-        bounds = [0, *(ends if tree.size(vector) >= _BLOCKED_FROM else []), size]
+        ends = _BLOCK_ENDS if tree.size(vector) >= _BLOCKED_FROM else ()
+        bounds = [0, *(end for end in ends if end < size), size]
         rows = [end - start for start, end in it.pairwise(bounds)]
         blocks = [
             jtu.tree_map(lambda x, r=r: jnp.zeros((r, *x.shape), x.dtype), vector) for r in rows

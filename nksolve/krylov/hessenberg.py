@@ -14,7 +14,6 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.scipy as jsp
 import numpy as np
 from jaxtyping import Array, Inexact
 
@@ -68,14 +67,18 @@ class Hessenberg(eqx.Module):
         return jnp.concatenate([jnp.ones((1,), self.packed.dtype), self.packed[-1]])
 
     def solve(
-        self, beta: Scalar, null_square: Scalar, columns: Count
+        self, beta: Scalar, null_square: Scalar, columns: Count, filled: Count
     ) -> Inexact[Array, " columns"]:
-        """The minimiser y of ‖β e₁ − H̄ y‖ over the first `columns`; zero beyond."""
-        index = jnp.arange(self.packed.shape[1], dtype=jnp.int32)
-        used = index < columns
-        identity = jnp.eye(self.packed.shape[1], dtype=self.packed.dtype)
-        upper = jnp.where(used[:, None] & used[None, :], self.packed[1:-1], identity)
-        residual = (beta / null_square).astype(self.packed.dtype) * self.packed[-1]
-        return jsp.linalg.solve_triangular(
-            upper, jnp.where(used, -residual, jnp.zeros_like(residual))
-        )
+        """The minimiser y of ‖β e₁ − H̄ y‖ over the first `columns`; zero beyond.
+
+        `filled` ≥ `columns` bounds the back substitution; the same for every lane of a batch.
+        """
+        rhs = -(beta / null_square).astype(self.packed.dtype) * self.packed[-1]
+
+        def substitute(k, y):
+            i = filled - 1 - k
+            row = lax.dynamic_index_in_dim(self.packed, i + 1, 0, keepdims=False)
+            entry = (rhs[i] - jnp.sum(row * y)) / row[i]
+            return y.at[i].set(jnp.where(i < columns, entry, jnp.zeros_like(entry)))
+
+        return lax.fori_loop(0, filled, substitute, jnp.zeros_like(rhs))

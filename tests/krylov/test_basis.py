@@ -9,7 +9,7 @@ import pytest
 from nksolve.krylov import basis as module
 from nksolve.krylov.basis import Basis
 
-ROWS = 21  # blocks of 8, 8 and 5
+ROWS = 37  # blocks of 8, 24 and 5
 
 
 def _vector(rng, dtype):
@@ -56,9 +56,9 @@ _combine = jax.jit(lambda basis, c, filled: basis.combine(c, filled))
 
 def test_blocks_are_made_for_long_vectors_only():
     long, short = jnp.zeros(module._BLOCKED_FROM), jnp.zeros(module._BLOCKED_FROM - 1)
-    assert Basis.allocate(long, ROWS, real=True).sizes == (8, 8, 5)
-    assert Basis.allocate(long, 17, real=True).sizes == (8, 8, 1)
-    assert Basis.allocate(long, 16, real=True).sizes == (8, 8)
+    assert Basis.allocate(long, ROWS, real=True).sizes == (8, 24, 5)
+    assert Basis.allocate(long, 33, real=True).sizes == (8, 24, 1)
+    assert Basis.allocate(long, 32, real=True).sizes == (8, 24)
     assert Basis.allocate(long, 8, real=True).sizes == (8,)
     assert Basis.allocate(short, ROWS, real=True).sizes == (ROWS,)
 
@@ -73,7 +73,7 @@ def test_rows_dots_and_combinations(case, blocked):
     exact = matrix.conj().astype(np.complex128) @ _flat(other)
     c = np.random.default_rng(2).standard_normal(ROWS).astype(matrix.dtype)
     tol = 1e-4 if matrix.dtype == np.float32 else 1e-11
-    for filled in (0, 1, 7, 8, 9, 15, 16, 17, ROWS):
+    for filled in (0, 1, 7, 8, 9, 31, 32, 33, ROWS):
         dots = _dots(basis, other, jnp.int32(filled))
         assert dots.dtype == matrix.dtype
         np.testing.assert_allclose(dots[:filled], exact[:filled], rtol=tol, atol=10 * tol)

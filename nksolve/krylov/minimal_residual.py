@@ -135,9 +135,7 @@ def minimal_residual(
         )
 
     def corrected(carry: _Cycle, x: Vector) -> Vector:
-        y = carry.hessenberg.solve(
-            carry.beta, carry.null_square, carry.columns, carry.j
-        )
+        y = carry.hessenberg.solve(carry.beta, carry.null_square, carry.columns, carry.j)
         y = jnp.where(jnp.isfinite(carry.null_square), y, jnp.zeros_like(y))
         if psolve is not None and carry.workspace.search is not None:
             return tree.add(x, carry.workspace.search.combine(y, carry.j))

@@ -102,4 +102,8 @@ def get(name: str, **sizes: Any) -> Problem:
         raise ValueError(
             f"the problem {name!r} does not take {', '.join(refused)}; it takes {accepted}"
         )
-    return build(**sizes)
+    # An integer will do for a parameter that is a float, as everywhere in Python.
+    is_float = {size for size in sizes if isinstance(taken[size].default, float)}
+    return build(
+        **{k: float(v) if k in is_float and isinstance(v, int) else v for k, v in sizes.items()}
+    )

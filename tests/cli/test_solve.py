@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -44,7 +45,7 @@ def test_solves_and_writes(run, tmp_path):
     saved = _load(archive)
     problem = get("bratu", n=16, lam=5.0)
     assert saved["y"].shape == (16, 16)
-    norm = np.linalg.norm(problem.fn(saved["y"], problem.args))
+    norm = np.linalg.norm(problem.fn(jnp.asarray(saved["y"]), problem.args))
     np.testing.assert_allclose(saved["residual_norm"], norm, rtol=1e-3)
     assert norm <= 1e-12 + 1e-8 * saved["initial_residual_norm"]
     history = saved["history"]
@@ -74,7 +75,7 @@ def test_failure_says_why_and_still_writes(run, tmp_path):
     assert saved["reason"] == "line_search_failed"
     problem = get("freudenstein-roth")
     assert saved["residual_norm"] == pytest.approx(
-        float(np.linalg.norm(problem.fn(saved["y"], problem.args)))
+        float(np.linalg.norm(problem.fn(jnp.asarray(saved["y"]), problem.args)))
     )
     assert saved["residual_norm"] == np.nanmin(saved["history"]["norm"])
     assert (~saved["history"]["accepted"]).sum() == saved["num_rejected_steps"] > 0

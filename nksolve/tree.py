@@ -121,12 +121,6 @@ def count(flag: Flag) -> Count:
     return flag.astype(jnp.int32)
 
 
-def all_finite(a: Vector) -> Flag:
-    """Whether no entry is NaN or infinite."""
-    flags = [jnp.all(jnp.isfinite(x)) for x in jtu.tree_leaves(a)]
-    return ft.reduce(jnp.logical_and, flags, jnp.array(True))
-
-
 def structure(a: Vector | Structure) -> Structure:
     """The tree of `jax.ShapeDtypeStruct`s of a vector."""
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), a)

@@ -18,6 +18,8 @@ from .basis import as_real_space
 class LinearSystem(NamedTuple):
     """A x = b without b: `mv` is v → A v, `psolve` v → M⁻¹v (`None` without preconditioner).
 
+    `transpose_mv` and `transpose_psolve` are w → Aᵀw and w → M⁻ᵀw, transposes without conjugation,
+    for the methods that need them; calling `transpose_mv` raises where the operator has none.
     `real` says that inner products are real: always for real vectors, and for complex ones when A
     is only real-linear, so that ℂⁿ counts as ℝ²ⁿ.
     """
@@ -25,6 +27,8 @@ class LinearSystem(NamedTuple):
     mv: LinearFn
     psolve: LinearFn | None
     real: bool
+    transpose_mv: LinearFn | None = None
+    transpose_psolve: LinearFn | None = None
 
 
 class KrylovResult(NamedTuple):
@@ -40,6 +44,7 @@ class KrylovResult(NamedTuple):
     result: lx.RESULTS
     num_steps: Count
     num_matvecs: Count
+    num_transposed_matvecs: Count
     num_preconditioner_applications: Count
     num_restarts: Count
     workspace: PyTree
@@ -98,15 +103,19 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
                 f"{type(self).__name__} does not know the options {sorted(unknown)}; it takes "
                 "`y0` and `preconditioner`. Everything else is a field of the solver."
             )
+        self.check_operator(operator)
+        if "preconditioner" in options:
+            return KrylovState(lx.linearise(operator), options["preconditioner"])
+        return self.prepare(lx.linearise(operator), None, None)
+
+    def check_operator(self, operator: lx.AbstractLinearOperator) -> None:
+        """Raises for operators that the method does not solve with."""
         if operator.in_structure() != operator.out_structure():
             raise ValueError(
                 f"{type(self).__name__} solves square systems whose unknown and right-hand side "
                 f"have the same structure; got {operator.in_structure()} and "
                 f"{operator.out_structure()}."
             )
-        if "preconditioner" in options:
-            return KrylovState(lx.linearise(operator), options["preconditioner"])
-        return self.prepare(lx.linearise(operator), None, None)
 
     def compute(
         self, state: "KrylovState", vector: Vector, options: dict[str, Any]
@@ -123,6 +132,7 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
         stats = {
             "num_steps": out.num_steps,
             "num_matvecs": out.num_matvecs,
+            "num_transposed_matvecs": out.num_transposed_matvecs,
             "num_preconditioner_applications": out.num_preconditioner_applications,
             "num_restarts": out.num_restarts,
             "residual_norm": out.residual_norm,
@@ -157,7 +167,13 @@ class KrylovState(eqx.Module):
     def system(self, real: bool) -> LinearSystem:
         """The system as functions."""
         identity = isinstance(self.preconditioner, lx.IdentityLinearOperator)
-        return LinearSystem(self.operator.mv, None if identity else self.preconditioner.mv, real)
+        return LinearSystem(
+            self.operator.mv,
+            None if identity else self.preconditioner.mv,
+            real,
+            lambda w: self.operator.transpose().mv(w),
+            None if identity else lambda w: self.preconditioner.transpose().mv(w),
+        )
 
     def transpose(self) -> "KrylovState":
         """The state of Aᵀ: its preconditioner is M⁻ᵀ."""

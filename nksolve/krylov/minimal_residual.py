@@ -191,6 +191,7 @@ def minimal_residual(
         result=_result(solve, steps, limits),
         num_steps=steps,
         num_matvecs=solve.cycle.matvecs,
+        num_transposed_matvecs=jnp.zeros_like(steps),
         num_preconditioner_applications=_applications(system, solve, steps, left),
         num_restarts=jnp.maximum(solve.cycles - 1, 0),
         workspace=solve.cycle.workspace,
@@ -200,7 +201,8 @@ def minimal_residual(
 def _nothing(vector: Vector, workspace: Workspace) -> KrylovResult:
     """The solution of no equations."""
     no, none = tree.norm2(vector), jnp.zeros((), jnp.int32)
-    return KrylovResult(vector, no, no, lx.RESULTS.successful, none, none, none, none, workspace)
+    successful = lx.RESULTS.successful
+    return KrylovResult(vector, no, no, successful, none, none, none, none, none, workspace)
 
 
 def _scaled(

@@ -19,14 +19,13 @@ from ..linearise.linearisation import AbstractLinearisable, Linearisation, linea
 from ..linearise.policies import AbstractPolicy, Linearise
 from ..linearise.tags import holomorphic_tag
 from ..loops import AbstractProgressMeter, NoProgressMeter
-from ..precondition.base import Identity
 from ..results import REASONS, first_of, is_success, to_optimistix
 from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
 from .base import AbstractRootFinder
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, EisenstatWalker2, Progress
 from .line_search import AbstractGlobalisation, Backtracking
-from .preconditioning import carried_arrays, refreshed
+from .preconditioning import Refreshed, carried_arrays, refreshed
 from .report import StepReport, told
 from .state import Best, Counters, Direction, NewtonState, Verdict
 
@@ -154,7 +153,7 @@ class NewtonKrylov(AbstractRootFinder):
 
         # Where no direction is wanted the tolerance is infinite, and the solver does nothing.
         eta, forcing = self.forcing.eta(self._progress(state, norm, test_norm), state.forcing)
-        preconditioner, carried = refreshed(
+        preconditioner = refreshed(
             self.linear_solver.preconditioner,
             state.preconditioner,
             lin.operator,
@@ -163,7 +162,7 @@ class NewtonKrylov(AbstractRootFinder):
             is_first=state.trial == 0,
             needed=verdict.solve,
         )
-        system = KrylovState(lin.operator, preconditioner).system(_real(variables, tags))
+        system = KrylovState(lin.operator, preconditioner.operator).system(_real(variables, tags))
         minus_f = tree.neg(lin.value)
         linear = self.linear_solver.solve(
             system,
@@ -194,10 +193,12 @@ class NewtonKrylov(AbstractRootFinder):
             best=tree.where(verdict.improved, Best(trial, norm, test_norm, lin.aux), state.best),
             steps_since_best=verdict.steps_since_best,
             forcing=tree.where(verdict.solve, forcing, state.forcing),
-            preconditioner=carried,
+            preconditioner=preconditioner.after(
+                self.linear_solver.preconditioner, linear.num_steps, verdict.solve
+            ),
             workspace=linear.workspace,
             reason=reason,
-            counters=self._counted(state, running, verdict, linear),
+            counters=self._counted(state, running, verdict, linear, preconditioner),
         )
         new = told(self, state, new, running, verdict.accepted, test_norm, linear.num_matvecs)
         return eqx.combine(variables, static), new, new.best.aux
@@ -230,9 +231,10 @@ class NewtonKrylov(AbstractRootFinder):
         stats = {
             **counters._asdict(),
             "num_fn_evals": (
-                counters.num_linearisations + self.policy.evals_per_matvec * counters.num_matvecs
+                counters.num_linearisations
+                + self.policy.evals_per_matvec
+                * (counters.num_matvecs + counters.num_transposed_matvecs + counters.num_probes)
             ),
-            "num_transposed_matvecs": jnp.zeros_like(counters.num_matvecs),
             "residual_norm": state.best.test_norm,
             "initial_residual_norm": state.initial_norm,
             "reason": REASONS.where(exhausted, REASONS.max_steps, state.reason),
@@ -306,11 +308,16 @@ class NewtonKrylov(AbstractRootFinder):
         return jnp.stack(jtu.tree_leaves(flags) or [jnp.array(True)]).all()
 
     def _counted(
-        self, state: NewtonState, running: Flag, verdict: Verdict, linear: KrylovResult
+        self,
+        state: NewtonState,
+        running: Flag,
+        verdict: Verdict,
+        linear: KrylovResult,
+        preconditioner: Refreshed,
     ) -> Counters:
         old, stepped = state.counters, running & (state.trial > 0)
         solved = tree.count(verdict.solve)
-        preconditioned = not isinstance(self.linear_solver.preconditioner, Identity)
+        updated = tree.count(preconditioner.updated)
         slope_matvecs = solved if linear.descent is None else 0
         failed = verdict.solve & (linear.result != lx.RESULTS.successful)
         return Counters(
@@ -318,12 +325,12 @@ class NewtonKrylov(AbstractRootFinder):
             num_rejected_steps=old.num_rejected_steps + tree.count(stepped & ~verdict.accepted),
             num_linearisations=old.num_linearisations + tree.count(running),
             num_matvecs=old.num_matvecs + linear.num_matvecs + slope_matvecs,
+            num_transposed_matvecs=(old.num_transposed_matvecs + linear.num_transposed_matvecs),
             num_preconditioner_applications=(
                 old.num_preconditioner_applications + linear.num_preconditioner_applications
             ),
-            num_preconditioner_updates=(
-                old.num_preconditioner_updates + (solved if preconditioned else 0)
-            ),
+            num_preconditioner_updates=(old.num_preconditioner_updates + updated),
+            num_probes=old.num_probes + updated * preconditioner.num_probes,
             num_linear_failures=old.num_linear_failures + tree.count(failed),
         )
 

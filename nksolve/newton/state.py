@@ -34,8 +34,10 @@ class Counters(NamedTuple):
     num_rejected_steps: Count
     num_linearisations: Count
     num_matvecs: Count
+    num_transposed_matvecs: Count
     num_preconditioner_applications: Count
     num_preconditioner_updates: Count
+    num_probes: Count
     num_linear_failures: Count
 
 

@@ -4,9 +4,10 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import lineax as lx
 
-from ..typing import Args, Y
+from ..typing import Args, Count, Flag, Y
 
 
 class AbstractPreconditioner(eqx.Module):
@@ -16,8 +17,9 @@ class AbstractPreconditioner(eqx.Module):
     `lx.linear_solve` by one road. `y` and `args` are those of the residual; in `lx.linear_solve`,
     which knows neither, both are `None`.
 
-    Laws: `as_operator(state)` is linear and has a transpose, which the adjoint uses
-    (⟨M⁻¹v, w⟩ = ⟨v, M⁻ᵀw⟩).
+    Laws: `as_operator(state)` has a transpose, which the adjoint uses. Unless it is an iteration
+    (`nks.InnerKrylov`), which supplies the same method on Jᵀ, it is linear:
+    ⟨M⁻¹v, w⟩ = ⟨v, M⁻ᵀw⟩. It works in the dtype of the operator, whatever that of y.
     """
 
     @abc.abstractmethod
@@ -33,6 +35,22 @@ class AbstractPreconditioner(eqx.Module):
     @abc.abstractmethod
     def as_operator(self, state: Any) -> lx.AbstractLinearOperator:
         """M⁻¹ as a Lineax operator from the residual's space to y's."""
+
+    def is_due(self, state: Any, y: Y, args: Args) -> Flag:
+        """Whether Newton should `update` at a linearisation. Where one lane of a batch is due, all
+        are updated."""
+        del state, y, args
+        return jnp.array(True)
+
+    def observe(self, state: Any, num_steps: Count) -> Any:
+        """The state after a linear solve of so many Krylov iterations with it."""
+        del num_steps
+        return state
+
+    def num_probes(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> int:
+        """Matvecs that `init`, or an `update`, makes."""
+        del operator, y, args
+        return 0
 
     @property
     def is_rebuilt(self) -> bool:

@@ -18,6 +18,7 @@ from .linearise.policies import (
     Checkpointed as Checkpointed,
     FiniteDifference as FiniteDifference,
     Linearise as Linearise,
+    LowerPrecision as LowerPrecision,
     Recompute as Recompute,
     Transposed as Transposed,
 )

@@ -6,7 +6,7 @@ so that nothing here depends on implicit dtype promotion.
 """
 
 import functools as ft
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,13 @@ from .typing import Count, Flag, Scalar, ScalarLike, Vector
 Structure: TypeAlias = PyTree[jax.ShapeDtypeStruct]
 
 
-def real_dtype(tree: Vector) -> np.dtype:
+def real_dtype(tree: Vector | Structure) -> np.dtype:
     """The real dtype in which scalars over `tree` are computed; at least float32."""
     dtypes = [jnp.finfo(leaf.dtype).dtype for leaf in jtu.tree_leaves(tree)]
     return ft.reduce(np.promote_types, dtypes, np.dtype(np.float32 if dtypes else float_dtype()))
 
 
-def scalar_dtype(tree: Vector) -> np.dtype:
+def scalar_dtype(tree: Vector | Structure) -> np.dtype:
     """The dtype of inner products over `tree`: complex if a leaf is."""
     real = real_dtype(tree)
     if any(jnp.iscomplexobj(leaf) for leaf in jtu.tree_leaves(tree)):
@@ -39,12 +39,12 @@ def float_dtype() -> np.dtype:
     return np.dtype(np.float64 if jax.config.jax_enable_x64 else np.float32)  # pyright: ignore
 
 
-def eps(tree: Vector) -> float:
+def eps(tree: Vector | Structure) -> float:
     """Unit round-off of the coarsest leaf: what a residual over `tree` can be resolved to."""
     return max([float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(tree)] or [0.0])
 
 
-def size(tree: Vector) -> int:
+def size(tree: Vector | Structure) -> int:
     """Number of entries."""
     return sum(leaf.size for leaf in jtu.tree_leaves(tree))
 
@@ -104,6 +104,34 @@ def neg(a: Vector) -> Vector:
 def conj(a: Vector) -> Vector:
     """The complex conjugate."""
     return jtu.tree_map(jnp.conj, a)
+
+
+def narrow(dtype: Any, low: np.dtype) -> np.dtype:
+    """The dtype that stands for `dtype` where `low` is the widest real one."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        widest = np.result_type(low, np.complex64)
+    elif jnp.issubdtype(dtype, jnp.floating):
+        widest = np.dtype(low)
+    else:
+        return np.dtype(dtype)
+    return widest if np.dtype(dtype).itemsize > widest.itemsize else np.dtype(dtype)
+
+
+def cast(a: PyTree, low: np.dtype) -> PyTree:
+    """The vector (or tree of `jax.ShapeDtypeStruct`s) with dtypes no wider than `low`."""
+
+    def one(x):
+        dtype = narrow(x.dtype, low)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, dtype)
+        return x.astype(dtype)
+
+    return jtu.tree_map(one, a)
+
+
+def cast_like(a: Vector, b: Vector | Structure) -> Vector:
+    """a in the dtypes of b."""
+    return jtu.tree_map(lambda x, y: x.astype(y.dtype), a, b)
 
 
 def zeros_like(a: PyTree) -> PyTree:

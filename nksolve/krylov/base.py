@@ -1,53 +1,20 @@
 """What a Krylov method is: a Lineax solver that Newton can also call directly."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 from equinox import AbstractVar
 from jaxtyping import PyTree
 
 from .. import tree
+from ..linearise.lower import working
 from ..precondition.base import AbstractPreconditioner
-from ..typing import Args, Count, LinearFn, Scalar, ScalarLike, Vector, Y
+from ..typing import Args, Scalar, ScalarLike, Vector, Y
 from .basis import as_real_space
-
-
-class LinearSystem(NamedTuple):
-    """A x = b without b: `mv` is v → A v, `psolve` v → M⁻¹v (`None` without preconditioner).
-
-    `transpose_mv` and `transpose_psolve` are w → Aᵀw and w → M⁻ᵀw, transposes without conjugation,
-    for the methods that need them; calling `transpose_mv` raises where the operator has none.
-    `real` says that inner products are real: always for real vectors, and for complex ones when A
-    is only real-linear, so that ℂⁿ counts as ℝ²ⁿ.
-    """
-
-    mv: LinearFn
-    psolve: LinearFn | None
-    real: bool
-    transpose_mv: LinearFn | None = None
-    transpose_psolve: LinearFn | None = None
-
-
-class KrylovResult(NamedTuple):
-    """What `AbstractKrylovSolver.solve` returns; counters as in the stats.
-
-    `descent` is Re⟨b, A x⟩ or a lower bound of it that is positive where the residual shrank;
-    `None` where the method does not know one without a further matvec.
-    """
-
-    value: Vector
-    residual_norm: Scalar
-    descent: Scalar | None
-    result: lx.RESULTS
-    num_steps: Count
-    num_matvecs: Count
-    num_transposed_matvecs: Count
-    num_preconditioner_applications: Count
-    num_restarts: Count
-    workspace: PyTree
+from .mixed import solve_mixed
+from .system import KrylovResult, KrylovState, LinearSystem
 
 
 class AbstractKrylovSolver(lx.AbstractLinearSolver):
@@ -91,12 +58,40 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
         method's own estimate decides.
         """
 
-    def prepare(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> "KrylovState":
+    def prepare(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> KrylovState:
         """The state of a linear solve at a linearisation: the operator and its preconditioner."""
-        state = self.preconditioner.init(operator, y, args)
-        return KrylovState(operator, self.preconditioner.as_operator(state))
+        chosen = working(operator)
+        state = self.preconditioner.init(chosen, y, args)
+        inverse = self.preconditioner.as_operator(state)
+        return KrylovState(chosen, inverse, None if chosen is operator else operator)
 
-    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> "KrylovState":
+    def run(
+        self,
+        state: KrylovState,
+        vector: Vector,
+        *,
+        tolerance: ScalarLike,
+        real: bool,
+        workspace: PyTree = None,
+        norm: Scalar | None = None,
+        guess: Vector | None = None,
+        verify: bool = False,
+    ) -> KrylovResult:
+        """`solve` with a state, in its precision and refined where that is a lower one."""
+        if workspace is None:
+            workspace = self.workspace(tree.zeros_like(state.operator.out_structure()), real=real)
+        keywords: dict[str, Any] = {
+            "tolerance": tolerance,
+            "workspace": workspace,
+            "norm": norm,
+            "guess": guess,
+            "verify": verify,
+        }
+        if state.wide is not None:
+            return solve_mixed(self, state, vector, real=real, **keywords)
+        return self.solve(state.system(real), vector, **keywords)
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> KrylovState:
         unknown = set(options) - {"preconditioner", "y0"}
         if unknown:
             raise ValueError(
@@ -118,14 +113,13 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
             )
 
     def compute(
-        self, state: "KrylovState", vector: Vector, options: dict[str, Any]
+        self, state: KrylovState, vector: Vector, options: dict[str, Any]
     ) -> tuple[Vector, lx.RESULTS, dict[str, Any]]:
-        real = as_real_space(vector, holomorphic=True)
-        out = self.solve(
-            state.system(real),
+        out = self.run(
+            state,
             vector,
             tolerance=self.tolerance(vector),
-            workspace=self.workspace(vector, real=real),
+            real=as_real_space(vector, holomorphic=True),
             guess=options.get("y0"),
             verify=True,
         )
@@ -136,8 +130,14 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
             "num_preconditioner_applications": out.num_preconditioner_applications,
             "num_restarts": out.num_restarts,
             "residual_norm": out.residual_norm,
+            **self.report(out.workspace),
         }
         return out.value, out.result, stats
+
+    def report(self, workspace: PyTree) -> dict[str, Any]:
+        """What a workspace holds after a solve that is worth a place in the stats."""
+        del workspace
+        return {}
 
     def tolerance(self, vector: Vector) -> Scalar:
         """atol + rtol ‖vector‖₂."""
@@ -145,39 +145,17 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
         return _cast(self.atol, norm) + _cast(self.rtol, norm) * norm
 
     def transpose(
-        self, state: "KrylovState", options: dict[str, Any]
-    ) -> tuple["KrylovState", dict[str, Any]]:
+        self, state: KrylovState, options: dict[str, Any]
+    ) -> tuple[KrylovState, dict[str, Any]]:
         return state.transpose(), {}
 
     def conj(
-        self, state: "KrylovState", options: dict[str, Any]
-    ) -> tuple["KrylovState", dict[str, Any]]:
-        return KrylovState(lx.conj(state.operator), lx.conj(state.preconditioner)), {}
+        self, state: KrylovState, options: dict[str, Any]
+    ) -> tuple[KrylovState, dict[str, Any]]:
+        return state.conj(), {}
 
     def assume_full_rank(self) -> bool:
         return True
-
-
-class KrylovState(eqx.Module):
-    """An operator A and a preconditioner M⁻¹ ≈ A⁻¹, both Lineax operators."""
-
-    operator: lx.AbstractLinearOperator
-    preconditioner: lx.AbstractLinearOperator
-
-    def system(self, real: bool) -> LinearSystem:
-        """The system as functions."""
-        identity = isinstance(self.preconditioner, lx.IdentityLinearOperator)
-        return LinearSystem(
-            self.operator.mv,
-            None if identity else self.preconditioner.mv,
-            real,
-            lambda w: self.operator.transpose().mv(w),
-            None if identity else lambda w: self.preconditioner.transpose().mv(w),
-        )
-
-    def transpose(self) -> "KrylovState":
-        """The state of Aᵀ: its preconditioner is M⁻ᵀ."""
-        return KrylovState(self.operator.transpose(), self.preconditioner.transpose())
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:

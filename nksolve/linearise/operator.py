@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import Array
 
 from .. import tree
@@ -27,11 +28,20 @@ class AbstractLinearMap(eqx.Module):
     def transpose_mv(self, vector: Vector) -> Vector:
         """Jᵀ w."""
 
+    @property
+    def low(self) -> np.dtype | None:
+        """The lower precision in which linear systems with this map are to be solved, if any."""
+        return None
+
 
 class TransposedMap(AbstractLinearMap):
     """The map w → Jᵀ w of a map v → J v."""
 
     linear_map: AbstractLinearMap
+
+    @property
+    def low(self) -> np.dtype | None:
+        return self.linear_map.low
 
     def mv(self, vector: Vector) -> Vector:
         return self.linear_map.transpose_mv(vector)
@@ -44,6 +54,10 @@ class ConjugatedMap(AbstractLinearMap):
     """The map v → conj(J conj(v))."""
 
     linear_map: AbstractLinearMap
+
+    @property
+    def low(self) -> np.dtype | None:
+        return self.linear_map.low
 
     def mv(self, vector: Vector) -> Vector:
         return tree.conj(self.linear_map.mv(tree.conj(vector)))

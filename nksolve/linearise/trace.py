@@ -16,6 +16,7 @@ import jax.core
 import jax.extend.core as jec
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array
 
 from .. import tree
@@ -209,6 +210,10 @@ class First(AbstractLinearMap):
 
     linear_map: AbstractLinearMap
     second: tuple = eqx.field(static=True, converter=tree.freeze)
+
+    @property
+    def low(self) -> np.dtype | None:
+        return self.linear_map.low
 
     def mv(self, vector: Vector) -> Vector:
         return self.linear_map.mv(vector)[0]

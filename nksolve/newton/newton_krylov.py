@@ -16,6 +16,7 @@ from ..krylov.base import AbstractKrylovSolver, KrylovResult, KrylovState, check
 from ..krylov.basis import as_real_space
 from ..krylov.gmres import GMRES
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
+from ..linearise.lower import working
 from ..linearise.policies import AbstractPolicy, Linearise
 from ..linearise.tags import holomorphic_tag
 from ..loops import AbstractProgressMeter, NoProgressMeter
@@ -119,11 +120,13 @@ class NewtonKrylov(AbstractRootFinder):
             forcing=self.forcing.init(dtype),
             preconditioner=carried_arrays(
                 self.linear_solver.preconditioner,
-                lambda: self._linearise(fn, y, args, tags).operator,
+                lambda: working(self._linearise(fn, y, args, tags).operator),
                 y,
                 args,
             ),
-            workspace=self.linear_solver.workspace(variables, real=_real(variables, tags)),
+            workspace=self.linear_solver.workspace(
+                self.policy.solve_space(variables), real=_real(variables, tags)
+            ),
             reason=REASONS.iterating,
             counters=Counters(*(none for _ in Counters._fields)),
             history=History.empty(self.history_length, dtype) if self.history_length else None,
@@ -153,25 +156,27 @@ class NewtonKrylov(AbstractRootFinder):
 
         # Where no direction is wanted the tolerance is infinite, and the solver does nothing.
         eta, forcing = self.forcing.eta(self._progress(state, norm, test_norm), state.forcing)
+        operator = working(lin.operator)
+        wide = None if operator is lin.operator else lin.operator
         preconditioner = refreshed(
             self.linear_solver.preconditioner,
             state.preconditioner,
-            lin.operator,
+            operator,
             eqx.combine(trial, static),
             args,
             is_first=state.trial == 0,
             needed=verdict.solve,
         )
-        system = KrylovState(lin.operator, preconditioner.operator).system(_real(variables, tags))
         minus_f = tree.neg(lin.value)
-        linear = self.linear_solver.solve(
-            system,
+        linear = self.linear_solver.run(
+            KrylovState(operator, preconditioner.operator, wide),
             minus_f,
+            real=_real(variables, tags),
             norm=norm,
             tolerance=jnp.where(verdict.solve, eta * norm, jnp.inf),
             workspace=state.workspace,
         )
-        slope = _slope(system, minus_f, linear, norm)
+        slope = _slope(lin.operator, minus_f, linear, norm)
         found = Direction(linear.value, slope, linear.residual_norm / norm, eta)
 
         variables = tree.where(verdict.accepted, trial, variables)
@@ -339,11 +344,11 @@ def _real(variables: Vector, tags: frozenset[object]) -> bool:
     return as_real_space(variables, holomorphic_tag in tags)
 
 
-def _slope(system: Any, minus_f: Vector, linear: KrylovResult, norm: Scalar) -> Scalar:
+def _slope(operator: Any, minus_f: Vector, linear: KrylovResult, norm: Scalar) -> Scalar:
     """FᵀJd/‖F‖²; negative, as a descent direction's must be."""
     descent = linear.descent
     if descent is None:
-        descent = tree.vdot(minus_f, system.mv(linear.value)).real
+        descent = tree.vdot(minus_f, operator.mv(linear.value)).real
     slope = -jnp.abs(descent / norm / norm)
     return jnp.where(slope < 0, slope, -jnp.ones_like(slope))
 

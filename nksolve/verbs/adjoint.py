@@ -12,7 +12,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import tree
-from ..krylov.base import AbstractKrylovSolver, LinearSystem
+from ..krylov.base import AbstractKrylovSolver, KrylovState
 from ..krylov.basis import as_real_space
 from ..linearise.linearisation import Linearisation
 from ..linearise.policies import AbstractPolicy, Linearise
@@ -114,22 +114,22 @@ class ImplicitSolve(eqx.Module):
         real = as_real_space(b, holomorphic_tag in self.tags)
         state = self.linear_solver.prepare(stop_gradient(operator), stop_gradient(y), self.args)
 
-        def solve(mv, b):
-            return self._run(state.system(real)._replace(mv=mv), b)
+        def solve(_, b):
+            return self._run(state, real, b)
 
-        def transpose_solve(vecmat, b):
-            return self._run(state.transpose().system(real)._replace(mv=vecmat), b)
+        def transpose_solve(_, b):
+            return self._run(state.transpose(), real, b)
 
         return lax.custom_linear_solve(operator.mv, b, solve, transpose_solve)
 
-    def _run(self, system: LinearSystem, b: Vector) -> Vector:
+    def _run(self, state: KrylovState, real: bool, b: Vector) -> Vector:
         norm = tree.norm2(b)
         rtol = jnp.maximum(jnp.asarray(self.rtol).astype(norm.dtype), 50 * tree.eps(b))
-        out = self.linear_solver.solve(
-            system,
+        out = self.linear_solver.run(
+            state,
             b,
             tolerance=jnp.asarray(self.atol).astype(norm.dtype) + rtol * norm,
-            workspace=self.linear_solver.workspace(b, real=system.real),
+            real=real,
             verify=True,
         )
         failed = out.result != lx.RESULTS.successful

@@ -1,0 +1,80 @@
+"""A linear system for a Krylov method, and what comes out of a solve."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import lineax as lx
+from jaxtyping import PyTree
+
+from ..typing import Count, LinearFn, Scalar, Vector
+
+
+class LinearSystem(NamedTuple):
+    """A x = b without b: `mv` is v → A v, `psolve` v → M⁻¹v (`None` without preconditioner).
+
+    `transpose_mv` and `transpose_psolve` are w → Aᵀw and w → M⁻ᵀw, transposes without conjugation,
+    for the methods that need them; calling `transpose_mv` raises where the operator has none.
+    `real` says that inner products are real: always for real vectors, and for complex ones when A
+    is only real-linear, so that ℂⁿ counts as ℝ²ⁿ.
+    """
+
+    mv: LinearFn
+    psolve: LinearFn | None
+    real: bool
+    transpose_mv: LinearFn | None = None
+    transpose_psolve: LinearFn | None = None
+
+
+class KrylovResult(NamedTuple):
+    """What `AbstractKrylovSolver.solve` returns; counters as in the stats.
+
+    `descent` is Re⟨b, A x⟩ or a lower bound of it that is positive where the residual shrank;
+    `None` where the method does not know one without a further matvec.
+    """
+
+    value: Vector
+    residual_norm: Scalar
+    descent: Scalar | None
+    result: lx.RESULTS
+    num_steps: Count
+    num_matvecs: Count
+    num_transposed_matvecs: Count
+    num_preconditioner_applications: Count
+    num_restarts: Count
+    workspace: PyTree
+
+
+class KrylovState(eqx.Module):
+    """An operator A and a preconditioner M⁻¹ ≈ A⁻¹, both Lineax operators.
+
+    `wide` is A in the precision of the right-hand sides where `operator` and `preconditioner` are
+    of a lower one (`nks.LowerPrecision`), and otherwise `None`.
+    """
+
+    operator: lx.AbstractLinearOperator
+    preconditioner: lx.AbstractLinearOperator
+    wide: lx.AbstractLinearOperator | None = None
+
+    def system(self, real: bool) -> LinearSystem:
+        """The system as functions."""
+        identity = isinstance(self.preconditioner, lx.IdentityLinearOperator)
+        return LinearSystem(
+            self.operator.mv,
+            None if identity else self.preconditioner.mv,
+            real,
+            lambda w: self.operator.transpose().mv(w),
+            None if identity else lambda w: self.preconditioner.transpose().mv(w),
+        )
+
+    def transpose(self) -> "KrylovState":
+        """The state of Aᵀ: its preconditioner is M⁻ᵀ."""
+        return self._mapped(lambda operator: operator.transpose())
+
+    def conj(self) -> "KrylovState":
+        """The state of conj(A)."""
+        return self._mapped(lx.conj)
+
+    def _mapped(self, change: Callable) -> "KrylovState":
+        wide = None if self.wide is None else change(self.wide)
+        return KrylovState(change(self.operator), change(self.preconditioner), wide)

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .typing import Count, Flag, Scalar, ScalarLike, Vector
+from .typing import Count, Flag, NumberLike, Scalar, Vector
 
 #: The shapes and dtypes of a `Vector`.
 Structure: TypeAlias = PyTree[jax.ShapeDtypeStruct]
@@ -76,12 +76,12 @@ def max_norm(a: Vector) -> Scalar:
     return ft.reduce(jnp.maximum, maxima, jnp.zeros((), dtype))
 
 
-def scale(c: ScalarLike, a: Vector) -> Vector:
+def scale(c: NumberLike, a: Vector) -> Vector:
     """c a."""
     return jtu.tree_map(lambda x: jnp.asarray(c).astype(x.dtype) * x, a)
 
 
-def axpy(c: ScalarLike, a: Vector, b: Vector) -> Vector:
+def axpy(c: NumberLike, a: Vector, b: Vector) -> Vector:
     """c a + b."""
     return jtu.tree_map(lambda x, y: jnp.asarray(c).astype(x.dtype) * x + y, a, b)
 

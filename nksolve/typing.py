@@ -7,6 +7,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Inexact, Int, PyTree, Shape
 
 Scalar: TypeAlias = Float[Array, ""]
 ScalarLike: TypeAlias = Float[ArrayLike, ""]
+NumberLike: TypeAlias = Inexact[ArrayLike, ""]
 Flag: TypeAlias = Bool[Array, ""]
 Count: TypeAlias = Int[Array, ""]
 #: A vector of the solver: a PyTree of inexact arrays (`None` where a static leaf was taken out).

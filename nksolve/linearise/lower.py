@@ -75,11 +75,13 @@ def working(operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
     if not isinstance(operator, JacobianOperator) or operator.linear_map.low is None:
         return operator
     low = operator.linear_map.low
-    wide = operator.in_structure(), operator.out_structure()
-    narrow = tree.cast(wide, low)
-    if narrow == wide:
+    structures = operator.in_structure(), operator.out_structure()
+    low_in, low_out = (tree.cast(structure, low) for structure in structures)
+    if (low_in, low_out) == structures:
         return operator
-    return JacobianOperator(LoweredMap(operator.linear_map, operator, low), *narrow, operator.tags)
+    return JacobianOperator(
+        LoweredMap(operator.linear_map, operator, low), low_in, low_out, operator.tags
+    )
 
 
 def _evaluate(jaxpr: jec.Jaxpr, consts: Any, args: Any, low: np.dtype) -> list[Any]:

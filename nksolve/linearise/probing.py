@@ -11,8 +11,9 @@ from .. import tree
 
 
 def ravel(vector: tree.Vector) -> Inexact[Array, " n"]:
-    """The entries of a vector whose leaves have one dtype, leaf after leaf."""
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in jtu.tree_leaves(vector)])
+    """The entries of a vector, leaf after leaf, in the dtype that holds them all."""
+    dtype = tree.scalar_dtype(vector)
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in jtu.tree_leaves(vector)])
 
 
 def unravel(flat: Inexact[Array, " n"], structure: tree.Structure) -> tree.Vector:

@@ -27,7 +27,7 @@ def inline(closed: jec.ClosedJaxpr) -> jec.ClosedJaxpr:
     return jax.make_jaxpr(run)(*structs)
 
 
-def _interpret(jaxpr: jec.Jaxpr, consts: Sequence[Array], args: Sequence[Any]) -> list[Any]:
+def _interpret(jaxpr: jec.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     env: dict[Any, Any] = {}
 
     env.update(zip(jaxpr.constvars, consts, strict=True))

@@ -27,7 +27,7 @@ from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, EisenstatWalker2, Progress
 from .line_search import AbstractGlobalisation, Backtracking
 from .preconditioning import Refreshed, carried_arrays, refreshed
-from .report import StepReport, told
+from .report import Choice, StepReport, print_choice, told
 from .state import Best, Counters, Direction, NewtonState, Verdict
 
 
@@ -107,6 +107,10 @@ class NewtonKrylov(AbstractRootFinder):
         variables = eqx.filter(y, eqx.is_inexact_array)
         _check_square(tree.structure(variables), f_struct)
         dtype = tree.real_dtype(variables)
+        operator = lambda: working(self._linearise(fn, y, args, tags).operator)
+        linear_solver = self.linear_solver.chosen(operator, y, args)
+        if self.verbose is True:
+            print_choice(self.linear_solver.why(operator, y, args))
         one, infinite = jnp.ones((), dtype), jnp.full((), jnp.inf, dtype)
         none = jnp.zeros((), jnp.int32)
         return NewtonState(
@@ -118,13 +122,8 @@ class NewtonKrylov(AbstractRootFinder):
             best=Best(variables, infinite, jnp.nan * one, tree.zeros_like(aux_struct)),
             steps_since_best=none,
             forcing=self.forcing.init(dtype),
-            preconditioner=carried_arrays(
-                self.linear_solver.preconditioner,
-                lambda: working(self._linearise(fn, y, args, tags).operator),
-                y,
-                args,
-            ),
-            workspace=self.linear_solver.workspace(
+            preconditioner=carried_arrays(linear_solver.preconditioner, operator, y, args),
+            workspace=linear_solver.workspace(
                 self.policy.solve_space(variables), real=_real(variables, tags)
             ),
             reason=REASONS.iterating,
@@ -158,17 +157,19 @@ class NewtonKrylov(AbstractRootFinder):
         eta, forcing = self.forcing.eta(self._progress(state, norm, test_norm), state.forcing)
         operator = working(lin.operator)
         wide = None if operator is lin.operator else lin.operator
+        point = eqx.combine(trial, static)
+        linear_solver = self.linear_solver.chosen(lambda: operator, point, args)
         preconditioner = refreshed(
-            self.linear_solver.preconditioner,
+            linear_solver.preconditioner,
             state.preconditioner,
             operator,
-            eqx.combine(trial, static),
+            point,
             args,
             is_first=state.trial == 0,
             needed=verdict.solve,
         )
         minus_f = tree.neg(lin.value)
-        linear = self.linear_solver.run(
+        linear = linear_solver.run(
             KrylovState(operator, preconditioner.operator, wide),
             minus_f,
             real=_real(variables, tags),
@@ -199,7 +200,7 @@ class NewtonKrylov(AbstractRootFinder):
             steps_since_best=verdict.steps_since_best,
             forcing=tree.where(verdict.solve, forcing, state.forcing),
             preconditioner=preconditioner.after(
-                self.linear_solver.preconditioner, linear.num_steps, verdict.solve
+                linear_solver.preconditioner, linear.num_steps, verdict.solve
             ),
             workspace=linear.workspace,
             reason=reason,
@@ -244,6 +245,9 @@ class NewtonKrylov(AbstractRootFinder):
             "initial_residual_norm": state.initial_norm,
             "reason": REASONS.where(exhausted, REASONS.max_steps, state.reason),
         }
+        operator = lambda: working(self._linearise(fn, y, args, tags).operator)
+        if why := self.linear_solver.why(operator, y, args):
+            stats["choice"] = Choice(why)
         if state.history is not None:
             stats["history"] = state.history
         static = eqx.filter(y, eqx.is_inexact_array, inverse=True)

@@ -1,18 +1,17 @@
 """Carry a preconditioner's state through the Newton loop."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import PyTree
+from jaxtyping import Array
 
 from .. import tree
 from ..loops import any_lane
-from ..precondition.base import AbstractPreconditioner, Identity
+from ..precondition.base import AbstractPreconditioner, Identity, Skeleton, join, split
 from ..typing import Args, Count, Flag, Y
 
 
@@ -21,11 +20,11 @@ def carried_arrays(
     operator: Callable[[], lx.AbstractLinearOperator],
     y: Y,
     args: Args,
-) -> PyTree:
+) -> list[Array] | None:
     """Zeros for the arrays that a preconditioner keeps between linearisations."""
     if preconditioner.is_rebuilt:
         return None
-    shapes = jax.eval_shape(lambda: _arrays(preconditioner.init(operator(), y, args)))
+    shapes = jax.eval_shape(lambda: split(preconditioner.init(operator(), y, args))[0])
     return tree.zeros_like(shapes)
 
 
@@ -33,24 +32,24 @@ class Refreshed(NamedTuple):
     """A preconditioner at a linearisation."""
 
     operator: lx.AbstractLinearOperator  # M⁻¹
-    carried: PyTree  # the arrays to carry on
+    carried: list[Array] | None  # the arrays to carry on
     updated: Flag
-    num_probes: int  # matvecs of an update
-    static: Any  # the rest of the state
+    num_probes: int | Count  # matvecs of that update
+    skeleton: Skeleton | None  # the rest of the state
 
     def after(
         self, preconditioner: AbstractPreconditioner, num_steps: Count, solved: Flag
-    ) -> PyTree:
+    ) -> list[Array] | None:
         """The arrays to carry on after a linear solve of so many iterations."""
-        if preconditioner.is_rebuilt:
+        if self.carried is None or self.skeleton is None:
             return self.carried
-        state = preconditioner.observe(eqx.combine(self.carried, self.static), num_steps)
-        return tree.where(solved, _arrays(state), self.carried)
+        state = preconditioner.observe(join(self.carried, self.skeleton), num_steps)
+        return tree.where(solved, split(state)[0], self.carried)
 
 
 def refreshed(
     preconditioner: AbstractPreconditioner,
-    carried: PyTree,
+    carried: list[Array] | None,
     operator: lx.AbstractLinearOperator,
     y: Y,
     args: Args,
@@ -62,31 +61,28 @@ def refreshed(
     if isinstance(preconditioner, Identity):
         identity = preconditioner.as_operator(preconditioner.init(operator, y, args))
         return Refreshed(identity, carried, jnp.zeros_like(needed), 0, None)
-    static: list[Any] = []
+    skeletons: list[Skeleton] = []
 
     def init():
-        state = preconditioner.init(operator, y, args)
-        static.append(eqx.partition(state, eqx.is_array)[1])
-        return _arrays(state)
-
-    def update():
-        state = preconditioner.update(eqx.combine(carried, static[0]), operator, y, args)
-        return _arrays(state)
+        arrays, skeleton = split(preconditioner.init(operator, y, args))
+        skeletons.append(skeleton)
+        return arrays
 
     shapes = jax.eval_shape(init)
-    if preconditioner.is_rebuilt:
+    skeleton = skeletons[0]
+    num_probes = preconditioner.num_probes(operator, y, args)
+    if carried is None:
         arrays = lax.cond(any_lane(needed), init, lambda: tree.zeros_like(shapes))
         updated = needed
     else:
-        due = preconditioner.is_due(eqx.combine(carried, static[0]), y, args)
+        old = join(carried, skeleton)
+        due = preconditioner.is_due(old, y, args)
         wanted = any_lane(needed & (due | is_first))
+        update = lambda: split(preconditioner.update(old, operator, y, args))[0]
         fresh = lax.cond(wanted, lambda: lax.cond(is_first, init, update), lambda: carried)
+        num_update_probes = preconditioner.num_update_probes(old, operator, y, args)
+        num_probes = jnp.where(is_first, num_probes, num_update_probes)
         arrays = carried = tree.where(needed, fresh, carried)
         updated = needed & wanted
-    num_probes = preconditioner.num_probes(operator, y, args)
-    inverse = preconditioner.as_operator(eqx.combine(arrays, static[0]))
-    return Refreshed(inverse, carried, updated, num_probes, static[0])
-
-
-def _arrays(state: PyTree) -> PyTree:
-    return eqx.filter(state, eqx.is_array)
+    inverse = preconditioner.as_operator(join(arrays, skeleton))
+    return Refreshed(inverse, carried, updated, num_probes, skeleton)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +26,22 @@ class StepReport(NamedTuple):
     step_length: float
     accepted: bool
     reason: str
+
+
+class Choice(eqx.Module):
+    """What `nks.AutoLinear` or `nks.Auto` chose, and why. Static: no array, and the same in every
+    lane."""
+
+    text: str = eqx.field(static=True)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def print_choice(text: str) -> None:
+    """Prints it when the program runs; nothing where there was no choice."""
+    if text:
+        jax.debug.callback(lambda: print(text))
 
 
 def print_report(report: StepReport) -> None:

@@ -1,12 +1,17 @@
 """What a preconditioner is: an approximate inverse made from the linearisation."""
 
 import abc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
+from jaxtyping import Array, PyTree
 
+from ..loops import any_lane
 from ..typing import Args, Count, Flag, Y
 
 
@@ -47,15 +52,44 @@ class AbstractPreconditioner(eqx.Module):
         del num_steps
         return state
 
-    def num_probes(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> int:
-        """Matvecs that `init`, or an `update`, makes."""
+    def chosen(
+        self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args
+    ) -> "AbstractPreconditioner":
+        """The preconditioner to use with such an operator: this one, but for `nks.Auto`."""
         del operator, y, args
+        return self
+
+    def why(self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args) -> str:
+        """What `chosen` chose and for which reason; empty where there was no choice."""
+        del operator, y, args
+        return ""
+
+    def num_probes(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> int:
+        """Matvecs that `init` makes."""
+        del operator, y, args
+        return 0
+
+    def num_update_probes(
+        self, state: Any, operator: lx.AbstractLinearOperator, y: Y, args: Args
+    ) -> int | Count:
+        """Matvecs that an `update` of that state makes; those of `init` unless overridden."""
+        del state
+        return self.num_probes(operator, y, args)
+
+    def matvecs_per_application(self, operator: lx.AbstractLinearOperator) -> int:
+        """Matvecs inside one product M⁻¹v; of an iteration that may stop earlier, the most."""
+        del operator
         return 0
 
     @property
     def is_rebuilt(self) -> bool:
         """Whether `update` is `init`."""
         return type(self).update is AbstractPreconditioner.update
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether M⁻¹ is an iteration, not a linear map: for flexible methods only."""
+        return False
 
 
 class Identity(AbstractPreconditioner):
@@ -67,3 +101,56 @@ class Identity(AbstractPreconditioner):
 
     def as_operator(self, state: Any) -> lx.AbstractLinearOperator:
         return state
+
+
+class Skeleton(NamedTuple):
+    """A state without its arrays."""
+
+    treedef: Any
+    static: PyTree
+
+
+def split(state: PyTree) -> tuple[list[Array], Skeleton]:
+    """The arrays of a state as a list, and the rest of it.
+
+    A list, since states of two linearisations hold the same arrays in trees that may not compare
+    equal: the linear map of one is not that of the other.
+    """
+    arrays, static = eqx.partition(state, eqx.is_array)
+    leaves, treedef = jtu.tree_flatten(arrays)
+    return leaves, Skeleton(treedef, static)
+
+
+def join(arrays: list[Array], skeleton: Skeleton) -> PyTree:
+    """The state that was split."""
+    return eqx.combine(jtu.tree_unflatten(skeleton.treedef, arrays), skeleton.static)
+
+
+def update_where_due(
+    preconditioner: AbstractPreconditioner,
+    state: Any,
+    operator: lx.AbstractLinearOperator,
+    y: Y,
+    args: Args,
+) -> Any:
+    """The state of a part of a preconditioner at a later linearisation."""
+    if preconditioner.is_rebuilt:
+        return preconditioner.init(operator, y, args)
+    arrays, skeleton = split(state)
+    due = any_lane(preconditioner.is_due(state, y, args))
+    update = lambda: split(preconditioner.update(state, operator, y, args))[0]
+    return join(lax.cond(due, update, lambda: arrays), skeleton)
+
+
+def probes_where_due(
+    preconditioner: AbstractPreconditioner,
+    state: Any,
+    operator: lx.AbstractLinearOperator,
+    y: Y,
+    args: Args,
+) -> int | Count:
+    """The matvecs that `update_where_due` makes."""
+    if preconditioner.is_rebuilt:
+        return preconditioner.num_probes(operator, y, args)
+    due = any_lane(preconditioner.is_due(state, y, args))
+    return due.astype(jnp.int32) * preconditioner.num_update_probes(state, operator, y, args)

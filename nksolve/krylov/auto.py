@@ -86,12 +86,16 @@ class AutoLinear(AbstractKrylovSolver):
                 self.rtol, self.atol, pattern=seen.pattern
             ), f"SparseDirect: {reason}"
         by = f"preconditioned by {type(preconditioner).__name__}: {reason}"
+        common: dict[str, Any] = {
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "max_steps": self.max_steps,
+            "preconditioner": preconditioner,
+        }
         if seen.definite:
-            method = CG(self.rtol, self.atol, self.max_steps, preconditioner)
-            return method, f"CG (J is tagged definite) {by}"
+            return CG(**common), f"CG (J is tagged definite) {by}"
         restart = max(min(self.restart, seen.n), 1)
-        method = GMRES(self.rtol, self.atol, restart, self.max_steps, preconditioner)
-        return method, f"GMRES {by}"
+        return GMRES(**common, restart=restart), f"GMRES {by}"
 
     # As a Lineax solver: the choice is made where the operator is known, and kept in the state.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.extend.core as jec
-from jaxtyping import Array
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 

@@ -1,14 +1,31 @@
 """Newton–Krylov solvers for JAX: linearise once, share everything."""
 
 from .history import History as History
+from .krylov.auto import AutoLinear as AutoLinear
 from .krylov.base import AbstractKrylovSolver as AbstractKrylovSolver
+from .krylov.bicgstab import BiCGStab as BiCGStab
+from .krylov.cg import CG as CG, SteihaugResult as SteihaugResult
+from .krylov.direct import BandedDirect as BandedDirect, SparseDirect as SparseDirect
 from .krylov.fgmres import FGMRES as FGMRES
+from .krylov.gcrodr import GCRODR as GCRODR
 from .krylov.gmres import GMRES as GMRES
+from .krylov.idr import IDR as IDR
+from .krylov.inner import InnerKrylov as InnerKrylov
+from .krylov.lsmr import LSMR as LSMR
+from .krylov.minres import MINRES as MINRES
 from .krylov.orthogonalise import (
     CGS2 as CGS2,
     MGS as MGS,
     AbstractOrthogonalisation as AbstractOrthogonalisation,
 )
+from .krylov.recycling import RecycledSpace as RecycledSpace
+from .krylov.richardson import Richardson as Richardson
+from .krylov.ritz import (
+    ArnoldiRecord as ArnoldiRecord,
+    harmonic_ritz_values as harmonic_ritz_values,
+    ritz_values as ritz_values,
+)
+from .krylov.tfqmr import TFQMR as TFQMR
 from .linearise.inspect import LinearisationError as LinearisationError
 from .linearise.layers import checkpoint_layers as checkpoint_layers
 from .linearise.linearisation import Linearisation as Linearisation, linearise as linearise
@@ -22,6 +39,7 @@ from .linearise.policies import (
     Recompute as Recompute,
     Transposed as Transposed,
 )
+from .linearise.sparsity import Pattern as Pattern, find_pattern as find_pattern
 from .linearise.tags import holomorphic_tag as holomorphic_tag
 from .newton.convergence import (
     AbstractConvergenceTest as AbstractConvergenceTest,
@@ -41,11 +59,49 @@ from .newton.line_search import (
 )
 from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
 from .newton.report import StepReport as StepReport
+from .precondition.auto import Auto as Auto
+from .precondition.banded import Banded as Banded
 from .precondition.base import (
     AbstractPreconditioner as AbstractPreconditioner,
     Identity as Identity,
 )
+from .precondition.block_jacobi import BlockJacobi as BlockJacobi
+from .precondition.block_tridiagonal import BlockTridiagonal as BlockTridiagonal
+from .precondition.chebyshev import Chebyshev as Chebyshev
+from .precondition.composite import Additive as Additive, Multiplicative as Multiplicative
+from .precondition.deflation import Deflation as Deflation, DeflationOf as DeflationOf
+from .precondition.elimination import (
+    AbstractElimination as AbstractElimination,
+    CyclicReduction as CyclicReduction,
+    ScanElimination as ScanElimination,
+)
+from .precondition.field_split import (
+    FieldSplit as FieldSplit,
+    TriangularFieldSplit as TriangularFieldSplit,
+)
 from .precondition.jacobi import Jacobi as Jacobi
+from .precondition.lagged import Lagged as Lagged
+from .precondition.nystrom import Nystrom as Nystrom
+from .precondition.probes import (
+    AbstractProbes as AbstractProbes,
+    ColouredProbes as ColouredProbes,
+    Hutchinson as Hutchinson,
+    StencilProbes as StencilProbes,
+)
+from .precondition.quasi_newton import QuasiNewton as QuasiNewton
+from .precondition.sparse_lu import SparseLU as SparseLU
+from .precondition.spectral import (
+    Dirichlet as Dirichlet,
+    Neumann as Neumann,
+    NeumannCells as NeumannCells,
+    Periodic as Periodic,
+    Spectral as Spectral,
+)
+from .precondition.stencil import (
+    AbstractStencil as AbstractStencil,
+    Box as Box,
+    Star as Star,
+)
 from .precondition.user import UserPreconditioner as UserPreconditioner
 from .results import REASONS as REASONS, reason_name as reason_name
 from .verbs.adjoint import (

@@ -70,7 +70,7 @@ def test_lanes_are_as_if_alone():
         for key, counter in own_stats.items():
             if key in NORMS:
                 np.testing.assert_allclose(stats[key][i], counter, rtol=1e-3, atol=1e-13)
-            elif key != "max_steps":
+            elif key not in ("max_steps", "arnoldi"):
                 assert int(stats[key][i]) == int(counter), (name, key)
         for key in ("accepted", "reason", "num_matvecs"):
             lane, alone = getattr(history, key)[i], getattr(own_history, key)

@@ -7,11 +7,9 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import PyTree
 
-from ..linearise.sparsity import Pattern
 from ..precondition.auto import Auto, Seen, look, pick
-from ..precondition.base import AbstractPreconditioner
 from ..typing import Args, Scalar, ScalarLike, Vector, Y
-from .base import AbstractKrylovSolver, check_tolerances
+from .base import AbstractKrylovSolver
 from .cg import CG
 from .direct import BandedDirect, SparseDirect
 from .gmres import GMRES
@@ -44,7 +42,8 @@ class AutoLinear(AbstractKrylovSolver):
 
     - `rtol`, `atol`, `max_steps`: of what is picked.
     - `restart`: of GMRES.
-    - `pattern`: the pattern of J, where the user knows it; found by asdex otherwise.
+    - `preconditioner`: `nks.Auto(pattern)` where the user knows the pattern of J; by default asdex
+      finds it.
 
     Storage and work: those of what is picked.
     """
@@ -53,25 +52,17 @@ class AutoLinear(AbstractKrylovSolver):
     atol: ScalarLike = 0.0
     restart: int = eqx.field(static=True, default=30)
     max_steps: int | None = eqx.field(static=True, default=None)
-    pattern: Pattern | None = eqx.field(static=True, default=None)
-
-    def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
-
-    @property
-    def preconditioner(self) -> AbstractPreconditioner:  # pyright: ignore
-        """Of the Krylov methods among the choices."""
-        return Auto(self.pattern)
+    preconditioner: Auto = Auto()
 
     def chosen(
         self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args
     ) -> AbstractKrylovSolver:
         del y, args
-        return self._pick(look(operator, self.pattern))[0]
+        return self._pick(look(operator, self.preconditioner.pattern))[0]
 
     def why(self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args) -> str:
         del y, args
-        return self._pick(look(operator, self.pattern))[1]
+        return self._pick(look(operator, self.preconditioner.pattern))[1]
 
     def _pick(self, seen: Seen) -> tuple[AbstractKrylovSolver, str]:
         preconditioner, reason = pick(seen)

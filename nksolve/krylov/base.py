@@ -1,8 +1,10 @@
 """What a Krylov method is: a Lineax solver that Newton can also call directly."""
 
 import abc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
 from equinox import AbstractVar
@@ -34,6 +36,15 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
     rtol: AbstractVar[ScalarLike]
     atol: AbstractVar[ScalarLike]
     preconditioner: AbstractVar[AbstractPreconditioner]
+    is_flexible: ClassVar[bool] = False  # whether M⁻¹ may change from iteration to iteration
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+        if self.preconditioner.is_variable and not self.is_flexible:
+            raise ValueError(
+                f"{type(self).__name__} needs a linear preconditioner, the same at every "
+                "iteration; an inner Krylov solve is not: use `nks.FGMRES`."
+            )
 
     @abc.abstractmethod
     def workspace(self, vector: Vector, *, real: bool) -> PyTree:
@@ -57,6 +68,20 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
         until the true residual, recomputed by one further matvec, passes the test; without it the
         method's own estimate decides.
         """
+
+    def chosen(
+        self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args
+    ) -> "AbstractKrylovSolver":
+        """The method to use with such an operator: this one, but for `nks.AutoLinear`, and with its
+        preconditioner chosen. Decided by all that is static, never by values."""
+        preconditioner = self.preconditioner.chosen(operator, y, args)
+        if preconditioner is self.preconditioner:
+            return self
+        return eqx.tree_at(lambda s: s.preconditioner, self, preconditioner)
+
+    def why(self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args) -> str:
+        """What `chosen` chose and for which reason; empty where there was no choice."""
+        return self.preconditioner.why(operator, y, args)
 
     def prepare(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> KrylovState:
         """The state of a linear solve at a linearisation: the operator and its preconditioner."""

@@ -88,6 +88,40 @@ class Basis(eqx.Module):
         """Σ cᵢ vᵢ, for coefficients that are zero from `filled` on."""
         return self._over_filled(filled, lambda blocks: self._combine(blocks, coefficients))
 
+    def head(self, count: int) -> Vector:
+        """The first `count` rows, stacked."""
+        out = None
+        for start, rows, block in self._located():
+            wanted = min(rows, count - start)
+            if wanted <= 0:
+                break
+            part = jtu.tree_map(lambda b, r=wanted: lax.slice_in_dim(b, 0, r), block)
+            out = part if out is None else jtu.tree_map(_stacked, out, part)
+        return out
+
+    def with_head(self, rows: Vector) -> "Basis":
+        """The basis whose first rows are `rows`."""
+        count = jtu.tree_leaves(rows)[0].shape[0]
+        blocks = []
+        for start, size, block in self._located():
+            part = jtu.tree_map(lambda x, s=start, n=size: x[s : min(s + n, count)], rows)
+            blocks.append(_write_rows(block, part) if start < count else block)
+        return Basis(tuple(blocks), self.real)
+
+    def products(self, rows: Vector) -> Inexact[Array, "rows columns"]:
+        """⟨vᵢ, rowⱼ⟩ for all stacked `rows`, whatever is filled. One reduction."""
+        parts = [gram(block, rows, real=self.real) for block in self.blocks]
+        return jnp.concatenate(parts)
+
+    def combinations(self, coefficients: Inexact[Array, "rows columns"]) -> Vector:
+        """Σᵢ cᵢⱼ vᵢ for all j, stacked."""
+        total, start = None, 0
+        for rows, block in zip(self.sizes, self.blocks, strict=True):
+            part = combined(block, lax.slice_in_dim(coefficients, start, start + rows))
+            total = part if total is None else tree.add(total, part)
+            start += rows
+        return total
+
     def _over_filled(self, filled: Count, fn: Callable):
         if len(self.blocks) == 1:
             return fn(self.blocks)
@@ -136,6 +170,38 @@ class Basis(eqx.Module):
 
 def _write(block: Vector, i: Count, vector: Vector) -> Vector:
     return jtu.tree_map(lambda b, x: lax.dynamic_update_index_in_dim(b, x, i, 0), block, vector)
+
+
+def _write_rows(block: Vector, rows: Vector) -> Vector:
+    return jtu.tree_map(lambda b, x: lax.dynamic_update_slice_in_dim(b, x, 0, 0), block, rows)
+
+
+def _stacked(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a, b])
+
+
+def gram(a: Vector, b: Vector, *, real: bool) -> Inexact[Array, "rows columns"]:
+    """⟨aᵢ, bⱼ⟩ of stacked vectors: over the reals, their real parts."""
+    dtype = tree.real_dtype(a) if real else tree.scalar_dtype(a)
+
+    def products(x, y):
+        axes = tuple(range(1, x.ndim))
+        out = lax.dot_general(
+            x.conj(), y, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST
+        )
+        return (out.real if real else out).astype(dtype)
+
+    return ft.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(products, a, b)))
+
+
+def combined(rows: Vector, coefficients: Inexact[Array, "rows columns"]) -> Vector:
+    """Σᵢ cᵢⱼ rowᵢ for all j, stacked."""
+
+    def combination(x):
+        c = coefficients.astype(x.dtype)
+        return lax.dot_general(c, x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    return jtu.tree_map(combination, rows)
 
 
 def as_real_space(vector: Vector, holomorphic: bool) -> bool:

@@ -10,6 +10,7 @@ from ..typing import ScalarLike, Vector
 from .basis import Basis
 from .minimal_residual import AbstractMinimalResidual, Workspace
 from .orthogonalise import CGS2, AbstractOrthogonalisation
+from .ritz import ArnoldiRecord
 
 
 class FGMRES(AbstractMinimalResidual):
@@ -31,8 +32,10 @@ class FGMRES(AbstractMinimalResidual):
     preconditioner: AbstractPreconditioner = Identity()
     orthogonalisation: AbstractOrthogonalisation = CGS2()
     side: ClassVar[str] = "right"
+    is_flexible: ClassVar[bool] = True
 
     def workspace(self, vector: Vector, *, real: bool) -> PyTree:
         length = self._length(vector, real)
         arnoldi = Basis.allocate(vector, length + 1, real=real)
-        return Workspace(arnoldi, Basis.allocate(vector, length, real=real))
+        search = Basis.allocate(vector, length, real=real)
+        return Workspace(arnoldi, search, ArnoldiRecord.allocate(vector, length, real=real))

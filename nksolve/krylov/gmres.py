@@ -10,6 +10,7 @@ from ..typing import ScalarLike, Vector
 from .basis import Basis
 from .minimal_residual import AbstractMinimalResidual, Workspace
 from .orthogonalise import CGS2, AbstractOrthogonalisation
+from .ritz import ArnoldiRecord
 
 
 class GMRES(AbstractMinimalResidual):
@@ -51,5 +52,6 @@ class GMRES(AbstractMinimalResidual):
     orthogonalisation: AbstractOrthogonalisation = CGS2()
 
     def workspace(self, vector: Vector, *, real: bool) -> PyTree:
-        rows = self._length(vector, real) + 1
-        return Workspace(Basis.allocate(vector, rows, real=real), None)
+        length = self._length(vector, real)
+        arnoldi = Basis.allocate(vector, length + 1, real=real)
+        return Workspace(arnoldi, None, ArnoldiRecord.allocate(vector, length, real=real))

@@ -66,6 +66,11 @@ class Hessenberg(eqx.Module):
         """u."""
         return jnp.concatenate([jnp.ones((1,), self.packed.dtype), self.packed[-1]])
 
+    @property
+    def matrix(self) -> Inexact[Array, "rows columns"]:
+        """H̄, of one row more than columns."""
+        return self.packed[:-1]
+
     def solve(
         self, beta: Scalar, null_square: Scalar, columns: Count, filled: Count
     ) -> Inexact[Array, " columns"]:

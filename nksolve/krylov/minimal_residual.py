@@ -1,13 +1,15 @@
-"""The restarted minimal-residual iteration that GMRES and FGMRES share.
+"""The restarted minimal-residual iteration that GMRES, FGMRES and GCRODR share.
 
 One matvec site: a restart is the same step as an Arnoldi step with no rows filled, applied to
 b − A x instead of A z. Columns are counted for the whole batch, convergence for each lane on small
 arrays, so that under `vmap` nothing selects over a basis.
+
+With a recycled space, A U = C, the first rows of the Arnoldi basis are C, which every vector is
+made orthogonal to, and those of the search basis are U.
 """
 
-from typing import NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -17,52 +19,13 @@ from jaxtyping import PyTree
 
 from .. import tree
 from ..loops import any_lane
-from ..typing import Count, Flag, LinearFn, Scalar, ScalarLike, Vector
-from .base import AbstractKrylovSolver, KrylovResult, LinearSystem, check_tolerances
-from .basis import Basis
-from .hessenberg import Hessenberg
+from ..typing import Count, Scalar, ScalarLike, Vector
+from .base import AbstractKrylovSolver
+from .cycle import Cycle, Limits, Solve, Workspace, begin, coupled, scaled
 from .orthogonalise import AbstractOrthogonalisation
-
-
-class Workspace(eqx.Module):
-    """The Arnoldi basis V, and Z of the flexible variant (`None` without)."""
-
-    arnoldi: Basis
-    search: Basis | None
-
-
-class _Cycle(NamedTuple):
-    """The Arnoldi process. Norms are in units of ‖b‖."""
-
-    j: Count  # column, −1 for the restart step; the same for every lane
-    workspace: Workspace
-    hessenberg: Hessenberg
-    beta: Scalar  # residual norm at the start of the cycle
-    null_square: Scalar  # ‖u‖²: the residual norm now is β/‖u‖; NaN where A v was not finite
-    columns: Count  # of this lane
-    matvecs: Count
-    running: Flag  # still extending the space
-
-
-class _Solve(NamedTuple):
-    """The cycles."""
-
-    cycle: _Cycle
-    x: Vector
-    residual: Scalar
-    previous_x: Vector  # at the start of the cycle before
-    previous_beta: Scalar  # its residual norm; infinite before the first restart
-    cycles: Count  # that made columns
-    restart_steps: Count
-    done: Flag
-    broken: Flag  # b or A v was not finite
-
-
-class _Limits(NamedTuple):
-    target: Scalar  # stop at ‖r‖ ≤ target
-    max_steps: int
-    verify: bool
-    eps: float
+from .recycling import renewed
+from .ritz import ArnoldiRecord
+from .system import KrylovResult, LinearSystem
 
 
 def minimal_residual(
@@ -85,28 +48,32 @@ def minimal_residual(
     """
     if tree.size(vector) == 0:
         return _nothing(vector, workspace)
-    restart = workspace.arnoldi.size - 1
-    mv, psolve, b, unit, beta, target = _scaled(system, vector, norm, tolerance, left)
-    limits = _Limits(target, max_steps, verify, tree.eps(b))
+    restart, recycled = workspace.length, workspace.recycled
+    mv, psolve, b, unit, beta, target = scaled(system, vector, norm, tolerance, left)
+    limits = Limits(target, max_steps, verify, tree.eps(b))
 
-    def step(carry: _Cycle, solve: _Solve) -> _Cycle:
+    def step(carry: Cycle, solve: Solve) -> Cycle:
         j = carry.j
         restarting, column = j < 0, jnp.maximum(j, 0)
         basis, search = carry.workspace.arnoldi, carry.workspace.search
-        v = basis.row(column)
+        v = basis.row(recycled + column)
         if psolve is None:
             z = tree.where(restarting, solve.x, v)
         else:
             apply = psolve
             z = lax.cond(restarting, lambda: solve.x, lambda: apply(v))
             # (Without a preconditioner Z is V, and writing V's row to Z makes XLA copy V, twice.)
-            search = None if search is None else search.set_row(column, z)
+            search = None if search is None else search.set_row(recycled + column, z)
         w = mv(z)
         w = tree.where(restarting, tree.sub(b, w), w)  # b − A x, or A z_j
-        new = orthogonalisation.append(basis, w, j + 1)
+        new = orthogonalisation.append(basis, w, recycled + j + 1)
         hessenberg, added = carry.hessenberg.extended(
-            column, new.coefficients, new.norm, new.norm_before, carry.null_square
+            column, new.coefficients[recycled:], new.norm, new.norm_before, carry.null_square
         )
+        coupling = carry.coupling
+        if coupling is not None:
+            c = new.coefficients[:recycled]
+            coupling = lax.dynamic_update_index_in_dim(coupling, c, j + 1, 1)
         # A z_j in the span of the basis: the space is invariant and holds the solution, unless A is
         # singular on it.
         finite = jnp.isfinite(new.norm_before)
@@ -114,19 +81,22 @@ def minimal_residual(
         singular = invariant & added.dependent
         growth = jnp.where(finite, jnp.where(singular, 0, added.square), jnp.nan)
         extending = carry.running & ~restarting
-        beta = jnp.where(carry.running & restarting, new.norm, carry.beta)
+        begun = carry.running & restarting
+        beta = jnp.where(begun, new.norm, carry.beta)
         null_square = carry.null_square + jnp.where(extending, growth, 0)
         residual = beta / jnp.sqrt(null_square)
         matvecs = carry.matvecs + tree.count(carry.running)
         # Below rounding the estimate says nothing of b − A x any more (and ‖u‖² would overflow).
         enough = residual <= jnp.maximum(limits.target, limits.eps * beta)
-        stagnated = restarting & ~(new.norm <= _attainable(solve, limits))
+        stagnated = restarting & ~(new.norm_before <= _attainable(solve, limits))
         exhausted = matvecs - solve.restart_steps >= max_steps
         stop = enough | stagnated | exhausted | ~finite | (invariant & ~restarting)
-        return _Cycle(
+        return Cycle(
             j=j + 1,
-            workspace=Workspace(new.basis, search),
+            workspace=Workspace(new.basis, search, carry.workspace.record, carry.workspace.space),
             hessenberg=hessenberg,
+            coupling=coupling,
+            start=jnp.where(begun, new.norm_before, carry.start),
             beta=beta,
             null_square=null_square,
             columns=carry.columns + tree.count(extending & finite & ~singular),
@@ -134,54 +104,91 @@ def minimal_residual(
             running=carry.running & ~stop,
         )
 
-    def corrected(carry: _Cycle, x: Vector) -> Vector:
+    def corrected(carry: Cycle, solve: Solve) -> Vector:
+        x, filled = solve.x, recycled + carry.j
+        arnoldi, search = carry.workspace.arnoldi, carry.workspace.search
+        finite = jnp.isfinite(carry.null_square)
         y = carry.hessenberg.solve(carry.beta, carry.null_square, carry.columns, carry.j)
-        y = jnp.where(jnp.isfinite(carry.null_square), y, jnp.zeros_like(y))
-        if psolve is not None and carry.workspace.search is not None:
-            return tree.add(x, carry.workspace.search.combine(y, carry.j))
-        dx = carry.workspace.arnoldi.combine(jnp.pad(y, (0, 1)), carry.j)
+        y = jnp.where(finite, y, jnp.zeros_like(y))
+        if carry.coupling is not None:
+            # x + U (Cᴴr − B y) + Z y, B the coupling: what is left is outside C.
+            weights = jnp.concatenate([jnp.ones_like(y[:1]), -y])
+            c = coupled(carry.coupling, carry.columns) @ weights
+            c = jnp.where(finite & ~solve.done, c, jnp.zeros_like(c))
+            y = jnp.concatenate([c, y])
+            if psolve is None and search is not None:
+                x = tree.add(x, search.combine(c, jnp.full_like(carry.j, recycled)))
+                y = y.at[:recycled].set(0)
+        if psolve is not None and search is not None:
+            return tree.add(x, search.combine(y, filled))
+        dx = arnoldi.combine(jnp.pad(y, (0, 1)), filled)
         return tree.add(x, dx if psolve is None else psolve(dx))
 
-    def cycle(solve: _Solve) -> _Solve:
+    def left_behind(carry: Cycle, solve: Solve) -> Workspace:
+        arnoldi, search = carry.workspace.arnoldi, carry.workspace.search
+        made = ~solve.done & (carry.columns > 0) & jnp.isfinite(carry.null_square)
+        record = ArnoldiRecord.of(carry.hessenberg.matrix, carry.columns)
+        record = tree.where(~solve.done & (carry.columns > 0), record, carry.workspace.record)
+        space = carry.workspace.space
+        if carry.coupling is None or space is None or search is None:
+            return Workspace(arnoldi, search, record, space)
+        new = renewed(
+            arnoldi,
+            search,
+            space,
+            carry.hessenberg.matrix,
+            coupled(carry.coupling, carry.columns)[:, 1:],
+            carry.columns,
+            made,
+            flexible=psolve is not None,
+        )
+        arnoldi, search = arnoldi.with_head(new.image), search.with_head(new.search)
+        return Workspace(arnoldi, search, record, new.space)
+
+    def cycle(solve: Solve) -> Solve:
         restarted = tree.count((solve.cycle.j < 0) & ~solve.done)
         carry = lax.while_loop(
             lambda c: any_lane(c.running) & (c.j < restart),
             lambda c: step(c, solve._replace(restart_steps=solve.restart_steps + restarted)),
-            solve.cycle._replace(running=~solve.done),
+            solve.cycle,
         )
-        # The restart step that verifies a solution makes no column: nothing to add.
-        x = lax.cond(carry.j > 0, lambda: corrected(carry, solve.x), lambda: solve.x)
+        # The restart step that verifies a solution makes no column: nothing to add, but from U.
+        moving = (carry.j > 0) | (recycled > 0)
+        x = lax.cond(moving, lambda: corrected(carry, solve), lambda: solve.x)
         residual = jnp.where(solve.done, solve.residual, carry.beta / jnp.sqrt(carry.null_square))
         broken = ~solve.done & ~jnp.isfinite(residual)
         # What the last cycle made of x was no improvement (singular A, A x not finite): undo it.
         # Of a cycle that broke off nothing was added.
-        undo = (restarted > 0) & ~(carry.beta <= solve.previous_beta)
+        undo = (restarted > 0) & ~(carry.start <= solve.previous_start)
         x = tree.where(undo, solve.previous_x, x)
-        residual = jnp.where(undo, solve.previous_beta, residual)
-        residual = jnp.where(broken & ~undo, carry.beta, residual)
+        residual = jnp.where(undo, solve.previous_start, residual)
+        residual = jnp.where(broken & ~undo, carry.start, residual)
         restart_steps = solve.restart_steps + restarted
         converged = residual <= limits.target
-        certain = converged & (carry.columns == 0) if verify else converged
-        hopeless = (restarted > 0) & ~(carry.beta <= _attainable(solve, limits))
+        certain = converged & (carry.columns == 0) & (restarted > 0) if verify else converged
+        hopeless = (restarted > 0) & ~(carry.start <= _attainable(solve, limits))
         exhausted = carry.matvecs - restart_steps >= max_steps
         finished = certain | hopeless | (exhausted & ~converged) | broken
-        return _Solve(
+        done = solve.done | finished
+        return Solve(
             cycle=carry._replace(
                 j=jnp.full_like(carry.j, -1),
+                workspace=left_behind(carry, solve),
+                running=~done,
                 null_square=jnp.ones_like(carry.null_square),
                 columns=jnp.zeros_like(carry.columns),
             ),
             x=x,
             residual=residual,
             previous_x=solve.x,
-            previous_beta=jnp.where(solve.done, solve.previous_beta, carry.beta),
+            previous_start=jnp.where(solve.done, solve.previous_start, carry.start),
             cycles=solve.cycles + tree.count(carry.columns > 0),
             restart_steps=restart_steps,
-            done=solve.done | finished,
+            done=done,
             broken=solve.broken | broken,
         )
 
-    solve = _start(b, beta, unit, guess, workspace, limits)
+    solve, moved = begin(mv, orthogonalisation, b, beta, unit, guess, workspace, limits)
     solve = lax.while_loop(lambda s: any_lane(~s.done), cycle, solve)
     steps = solve.cycle.matvecs - solve.restart_steps
     return KrylovResult(
@@ -190,7 +197,7 @@ def minimal_residual(
         descent=None if left or guess is not None else _descent(solve, beta) * unit * unit,
         result=_result(solve, steps, limits),
         num_steps=steps,
-        num_matvecs=solve.cycle.matvecs,
+        num_matvecs=solve.cycle.matvecs + moved,
         num_transposed_matvecs=jnp.zeros_like(steps),
         num_preconditioner_applications=_applications(system, solve, steps, left),
         num_restarts=jnp.maximum(solve.cycles - 1, 0),
@@ -205,83 +212,19 @@ def _nothing(vector: Vector, workspace: Workspace) -> KrylovResult:
     return KrylovResult(vector, no, no, successful, none, none, none, none, none, workspace)
 
 
-def _scaled(
-    system: LinearSystem,
-    vector: Vector,
-    norm: Scalar | None,
-    tolerance: ScalarLike,
-    left: bool,
-) -> tuple[LinearFn, LinearFn | None, Vector, Scalar, Scalar, Scalar]:
-    """(A, M⁻¹ on the right, b, unit, ‖b‖, target), b and what follows it in units of `unit`.
-
-    ‖b‖ is 1, or 0, or NaN where the vector is not finite.
-    """
-    norm = tree.norm2(vector) if norm is None else norm
-    mv, psolve = system.mv, system.psolve
-    target = jnp.asarray(tolerance).astype(norm.dtype) / _or_one(norm)
-    if left and psolve is not None:
-        vector = psolve(vector)
-        norm = tree.norm2(vector)
-        mv, psolve = _composed(psolve, mv), None
-    unit = _or_one(norm)
-    beta = jnp.where(jnp.isfinite(norm), norm / unit, jnp.nan)
-    return mv, psolve, tree.scale(1 / unit, vector), unit, beta, target
-
-
-def _composed(outer: LinearFn, inner: LinearFn) -> LinearFn:
-    return lambda v: outer(inner(v))
-
-
-def _or_one(norm: Scalar) -> Scalar:
-    return jnp.where((norm > 0) & jnp.isfinite(norm), norm, jnp.ones_like(norm))
-
-
-def _start(
-    b: Vector,
-    beta: Scalar,
-    unit: Scalar,
-    guess: Vector | None,
-    workspace: Workspace,
-    limits: _Limits,
-) -> _Solve:
-    basis = workspace.arnoldi
-    dtype = tree.real_dtype(b) if basis.real else tree.scalar_dtype(b)
-    j, x, residual = jnp.zeros((), jnp.int32), tree.zeros_like(b), beta
-    done = ~(beta > limits.target)
-    if guess is None:
-        finite = jnp.isfinite(beta)
-        basis = basis.set_row(j, tree.where(finite, b, tree.zeros_like(b)))
-    else:  # worth nothing where b = 0, whose solution is known
-        j = j - 1
-        done = ~(beta > 0) | jnp.isinf(limits.target)
-        x = tree.where(done, x, tree.scale(1 / unit, guess))
-    none = jnp.zeros_like(beta, jnp.int32)
-    cycle = _Cycle(
-        j=j,
-        workspace=Workspace(basis, workspace.search),
-        hessenberg=Hessenberg.empty(basis.size - 1, dtype),
-        beta=beta,
-        null_square=jnp.ones_like(beta),
-        columns=none,
-        matvecs=none,
-        running=~done,
-    )
-    infinite = jnp.full_like(beta, jnp.inf)
-    return _Solve(cycle, x, residual, x, infinite, none, none, done, ~jnp.isfinite(beta))
-
-
-def _attainable(solve: _Solve, limits: _Limits) -> Scalar:
+def _attainable(solve: Solve, limits: Limits) -> Scalar:
     """The residual norm after a restart above which the cycle before has gained nothing."""
-    return jnp.maximum((1 - limits.eps**0.5) * solve.previous_beta, limits.target)
+    return jnp.maximum((1 - limits.eps**0.5) * solve.previous_start, limits.target)
 
 
-def _descent(solve: _Solve, beta: Scalar) -> Scalar:
+def _descent(solve: Solve, beta: Scalar) -> Scalar:
     """A lower bound of ⟨b, A x⟩ = ‖b‖² − ⟨b, r⟩; exact after one cycle, where r ⟂ A x."""
     overlap = jnp.where(solve.cycles > 1, beta, solve.residual)
-    return jnp.where(solve.cycles > 0, beta**2 - overlap * solve.residual, 0)
+    moved = (solve.cycles > 0) | (solve.residual < beta)
+    return jnp.where(moved, beta**2 - overlap * solve.residual, 0)
 
 
-def _result(solve: _Solve, steps: Count, limits: _Limits) -> lx.RESULTS:
+def _result(solve: Solve, steps: Count, limits: Limits) -> lx.RESULTS:
     where, results = lx.RESULTS.where, lx.RESULTS
     exhausted = steps >= limits.max_steps
     failed = where(exhausted, results.max_steps_reached, results.stagnation)
@@ -289,7 +232,7 @@ def _result(solve: _Solve, steps: Count, limits: _Limits) -> lx.RESULTS:
     return where(solve.residual <= limits.target, results.successful, failed)
 
 
-def _applications(system: LinearSystem, solve: _Solve, steps: Count, left: bool) -> Count:
+def _applications(system: LinearSystem, solve: Solve, steps: Count, left: bool) -> Count:
     if system.psolve is None:
         return jnp.zeros_like(steps)
     if left:
@@ -308,13 +251,15 @@ class AbstractMinimalResidual(AbstractKrylovSolver):
     orthogonalisation: AbstractVar[AbstractOrthogonalisation]
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         if self.restart < 1:
             raise ValueError(f"`restart` must be at least 1, but it is {self.restart}.")
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"`max_steps` must not be negative, but it is {self.max_steps}.")
         if self.side not in ("left", "right"):
             raise ValueError(f"`side` must be 'left' or 'right', but it is {self.side!r}.")
+
+    def report(self, workspace: PyTree) -> dict[str, Any]:
+        return {"arnoldi": workspace.record}
 
     def solve(
         self,

@@ -22,7 +22,7 @@ from jaxtyping import Array, PyTree
 
 from .. import tree
 from ..typing import Count, Flag, LinearFn, Scalar, ScalarLike, Vector
-from .base import AbstractKrylovSolver, check_tolerances
+from .base import AbstractKrylovSolver
 from .system import KrylovResult, LinearSystem
 
 # A round ends when its least residual has not improved for so many iterations.
@@ -93,7 +93,6 @@ class AbstractShortRecurrence(AbstractKrylovSolver):
     fruitless_rounds: ClassVar[int] = 1
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"`max_steps` must not be negative, but it is {self.max_steps}.")
 

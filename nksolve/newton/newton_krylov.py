@@ -26,7 +26,7 @@ from .base import AbstractRootFinder
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, EisenstatWalker2, Progress
 from .line_search import AbstractGlobalisation, Backtracking
-from .preconditioning import Refreshed, carried_arrays, refreshed
+from .preconditioning import Refreshed, carried_arrays, matvecs_per_application, refreshed
 from .report import Choice, StepReport, print_choice, told
 from .state import Best, Counters, Direction, NewtonState, Verdict
 
@@ -246,8 +246,15 @@ class NewtonKrylov(AbstractRootFinder):
             "reason": REASONS.where(exhausted, REASONS.max_steps, state.reason),
         }
         operator = lambda: working(self._linearise(fn, y, args, tags).operator)
+        linear_solver = self.linear_solver.chosen(operator, y, args)
+        stats |= linear_solver.report(state.workspace)
         if why := self.linear_solver.why(operator, y, args):
             stats["choice"] = Choice(why)
+        if inner := matvecs_per_application(linear_solver.preconditioner, operator):
+            # Those of an inner iteration are not counted; this is the most that they can be.
+            most = inner * counters.num_preconditioner_applications
+            stats["num_inner_matvecs"] = most
+            stats["num_fn_evals"] += self.policy.evals_per_matvec * most
         if state.history is not None:
             stats["history"] = state.history
         static = eqx.filter(y, eqx.is_inexact_array, inverse=True)

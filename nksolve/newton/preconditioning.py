@@ -86,3 +86,16 @@ def refreshed(
         updated = needed & wanted
     inverse = preconditioner.as_operator(join(arrays, skeleton))
     return Refreshed(inverse, carried, updated, num_probes, skeleton)
+
+
+def matvecs_per_application(
+    preconditioner: AbstractPreconditioner, operator: Callable[[], lx.AbstractLinearOperator]
+) -> int:
+    """Matvecs that an application of M⁻¹ makes at most, without adding the operator's making to the
+    program."""
+    default = AbstractPreconditioner.matvecs_per_application
+    if type(preconditioner).matvecs_per_application is default:
+        return 0
+    found: list[int] = []
+    jax.eval_shape(lambda: found.append(preconditioner.matvecs_per_application(operator())))
+    return found[0]

@@ -14,7 +14,10 @@ from jaxtyping import Array, PyTree
 from .. import tree
 from ..krylov.base import AbstractKrylovSolver, KrylovState
 from ..krylov.basis import as_real_space
+from ..krylov.gcrodr import GCRODR
+from ..krylov.recycling import RecycledSpace
 from ..linearise.linearisation import Linearisation
+from ..linearise.lower import working
 from ..linearise.policies import AbstractPolicy, Linearise
 from ..linearise.split import depends
 from ..linearise.tags import holomorphic_tag
@@ -94,6 +97,8 @@ class KrylovAdjoint(optx.AbstractAdjoint):
                     f"{type(solver).__name__} has none: pass `linear_solver=nks.GMRES()`."
                 )
             linear_solver = solver.linear_solver
+            if isinstance(linear_solver, GCRODR):  # what it began with; its own space is better
+                linear_solver = linear_solver.starting_from(None)
         rtol = solver.rtol if self.rtol is None else self.rtol
         solve = ImplicitSolve(linear_solver, rtol, self.atol, args, tags, throw)
         return stop_gradient(solve)
@@ -108,24 +113,37 @@ class ImplicitSolve(eqx.Module):
     args: Args
     tags: frozenset[object] = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
+    recycled: RecycledSpace | None = None
+
+    def continuing(self, stats: dict[str, Any]) -> "ImplicitSolve":
+        """The same, starting from the space that a solve with `GCRODR` ended with."""
+        space = stop_gradient(stats.get("recycled"))
+        return eqx.tree_at(lambda s: s.recycled, self, space, is_leaf=lambda x: x is None)
 
     def __call__(self, operator: lx.AbstractLinearOperator, y: Y, b: Vector) -> Vector:
         """J⁻¹ b."""
         real = as_real_space(b, holomorphic_tag in self.tags)
-        state = self.linear_solver.prepare(stop_gradient(operator), stop_gradient(y), self.args)
+        held, y = stop_gradient(operator), stop_gradient(y)
+        linear_solver = self.linear_solver.chosen(lambda: working(held), y, self.args)
+        state = linear_solver.prepare(held, y, self.args)
+        space = self.recycled
 
         def solve(_, b):
-            return self._run(state, real, b)
+            return self._run(_starting(linear_solver, space, b, real), state, b, real)
 
         def transpose_solve(_, b):
-            return self._run(state.transpose(), real, b)
+            mirrored = None if space is None else space.transpose()
+            solver = _starting(linear_solver, mirrored, b, real)
+            return self._run(solver, state.transpose(), b, real)
 
         return lax.custom_linear_solve(operator.mv, b, solve, transpose_solve)
 
-    def _run(self, state: KrylovState, real: bool, b: Vector) -> Vector:
+    def _run(
+        self, linear_solver: AbstractKrylovSolver, state: KrylovState, b: Vector, real: bool
+    ) -> Vector:
         norm = tree.norm2(b)
         rtol = jnp.maximum(jnp.asarray(self.rtol).astype(norm.dtype), 50 * tree.eps(b))
-        out = self.linear_solver.run(
+        out = linear_solver.run(
             state,
             b,
             tolerance=jnp.asarray(self.atol).astype(norm.dtype) + rtol * norm,
@@ -142,6 +160,16 @@ class ImplicitSolve(eqx.Module):
                 "`restart`; with `throw=False` the derivative is NaN instead.",
             )
         return nan_where(failed, out.value)
+
+
+def _starting(
+    linear_solver: AbstractKrylovSolver, space: RecycledSpace | None, b: Vector, real: bool
+) -> AbstractKrylovSolver:
+    """The Krylov method with a space to start from, where it takes one and has none."""
+    if not isinstance(linear_solver, GCRODR) or linear_solver.recycled is not None:
+        return linear_solver
+    fits = linear_solver.fits(space, b, real=real)
+    return linear_solver.starting_from(space) if fits else linear_solver
 
 
 def nan_where(failed: Flag, vector: Vector) -> Vector:

@@ -91,13 +91,15 @@ def _root_jvp(primals, tangents, *, problem):
     if not isinstance(problem.reuse, KeepLinearisation):
         out = root(params, problem=problem)
         policy = problem.solver.policy
-        moved = tangents_at(problem.program, out[0], params, t_params, policy, problem.linear)
+        linear = problem.linear.continuing(out[3])
+        moved = tangents_at(problem.program, out[0], params, t_params, policy, linear)
         return out, _output_tangents(out, *moved)
     linearised = problem.linearised(params, [t is not None for t in t_params])
     out, kept = _root_and_kept(params, problem=problem, linearised=linearised)
     lin = linearised.at(params).recalled(kept, problem.tags)
     chosen = [t for t in t_params if t is not None]
-    return out, _output_tangents(out, *implicit_tangents(lin, out[0], chosen, problem.linear))
+    linear = problem.linear.continuing(out[3])
+    return out, _output_tangents(out, *implicit_tangents(lin, out[0], chosen, linear))
 
 
 @eqx.filter_custom_jvp
@@ -109,16 +111,16 @@ def _root_and_kept(params, *, problem, linearised):
 def _root_and_kept_jvp(primals, tangents, *, problem, linearised):
     (params,), (t_params,) = primals, tangents
     out, kept = _root_and_kept(params, problem=problem, linearised=linearised)
-    y = out[0]
+    y, linear = out[0], problem.linear.continuing(out[3])
     active = [t is not None for t in t_params]
     if all(known for known, wanted in zip(linearised.active, active, strict=True) if wanted):
         lin = linearised.at(params).recalled(kept, problem.tags)
         pairs = zip(params, t_params, linearised.active, strict=True)
         chosen = [tree.zeros_like(p) if t is None else t for p, t, known in pairs if known]
-        dy, daux = implicit_tangents(lin, y, chosen, problem.linear)
+        dy, daux = implicit_tangents(lin, y, chosen, linear)
     else:  # parameters that the maps at hand know nothing of
         policy = problem.solver.policy
-        dy, daux = tangents_at(problem.program, y, params, t_params, policy, problem.linear)
+        dy, daux = tangents_at(problem.program, y, params, t_params, policy, linear)
 
     def kept_at(y, moving):
         moving = iter(moving)

@@ -54,8 +54,10 @@ def root_find(
     **Returns:** `optimistix.Solution`: `value`, `result`, `aux`, and `stats` with `num_steps`
     (accepted), `num_rejected_steps`, `num_fn_evals`, `num_linearisations`, `num_matvecs`,
     `num_transposed_matvecs`, `num_preconditioner_applications`, `num_preconditioner_updates`,
-    `num_linear_failures`, `residual_norm`, `initial_residual_norm`, `reason`, `max_steps`, and
-    `history` where asked for.
+    `num_probes` (matvecs that built preconditioners), `num_linear_failures`, `residual_norm`,
+    `initial_residual_norm`, `reason`, `max_steps`; `arnoldi` (for `nks.ritz_values`) and `recycled`
+    of the Krylov methods that have them, `choice` of automatic ones, `num_inner_matvecs` where the
+    preconditioner makes matvecs, and `history` where asked for.
 
     **Raises:** `TypeError`, `ValueError` or `nks.LinearisationError` for problems that are not well
     posed, before anything is solved.

@@ -58,8 +58,9 @@ def test_what_the_machine_lacks_is_not_picked(monkeypatch):
     assert "not looked for" in _why(nks.Auto(), operator)
     _missing(monkeypatch, "klujax", "asdex")
     assert "pip install 'nksolve[sparse]'" in _why(nks.Auto(), operator)
-    given = nks.AutoLinear(pattern=nks.Pattern(*np.indices((529, 1)).reshape(2, -1), 529))
-    assert "BandedDirect" not in _why(given, operator)
+    diagonal = nks.Pattern(range(529), range(529), 529)
+    given = nks.AutoLinear(preconditioner=nks.Auto(diagonal))
+    assert _why(given, operator).startswith("BandedDirect: 529 unknowns with 1.0 entries a row")
 
 
 def test_too_many_to_factor(monkeypatch):

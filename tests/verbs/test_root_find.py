@@ -41,10 +41,11 @@ def test_fields_of_a_solution():
             "transposed_matvecs",
             "preconditioner_applications",
             "preconditioner_updates",
+            "probes",
             "linear_failures",
         )
     }
-    others = {"residual_norm", "initial_residual_norm", "reason", "max_steps"}
+    others = {"residual_norm", "initial_residual_norm", "reason", "max_steps", "arnoldi"}
     assert set(solution.stats) == counters | others
     for name in counters:
         assert jnp.issubdtype(solution.stats[name].dtype, jnp.integer)

@@ -1,4 +1,7 @@
-"""Side by side with the peers: `python -m benchmarks [--small] [--write] [--only NAME ...]`."""
+"""Side by side with the peers: `python -m benchmarks [--small] [--write] [--only NAME ...]`.
+
+With `--pde` the partial differential equations of `benchmarks/pde.py`.
+"""
 
 import argparse
 import datetime
@@ -55,8 +58,12 @@ def report(*, small: bool, only: list[str], repeats: int, budget: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--pde", action="store_true", help="PDEs, with PETSc among the peers")
+    parser.add_argument("--advice", action="store_true", help="methods and preconditioners")
     parser.add_argument("--small", action="store_true", help="tiny problems, to see that it runs")
-    parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.name}")
+    parser.add_argument(
+        "--write", action="store_true", help="write the tables into docs/validation"
+    )
     parser.add_argument("--tune", action="store_true", help="repeat the scan behind choices.py")
     parser.add_argument("--only", nargs="*", default=[], help="names of rows")
     parser.add_argument("--repeats", type=int, default=11)
@@ -73,13 +80,22 @@ def main(argv: list[str] | None = None) -> None:
                 for line in tune(row):
                     print(line, flush=True)
         return
-    text = report(
-        small=options.small, only=options.only, repeats=options.repeats, budget=options.budget
-    )
+    chosen = {name: getattr(options, name) for name in ("small", "only", "repeats", "budget")}
+    page = PAGE
+    if options.pde:
+        from . import pde
+
+        page, text = pde.PAGE, machine() + "\n\n" + pde.report(**chosen)
+    elif options.advice:
+        from . import advice
+
+        page, text = advice.PAGE, machine() + "\n\n" + advice.report(**chosen)
+    else:
+        text = report(**chosen)
     if options.write:
-        head, _, rest = PAGE.read_text().partition(BEGIN)
+        head, _, rest = page.read_text().partition(BEGIN)
         _, _, tail = rest.partition(END)
-        PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+        page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Newton–Krylov solvers for JAX: linearise once, share everything."""
 
+from .accelerate.fas import FAS as FAS
 from .history import History as History
 from .krylov.auto import AutoLinear as AutoLinear
 from .krylov.base import AbstractKrylovSolver as AbstractKrylovSolver
@@ -69,6 +70,12 @@ from .precondition.block_jacobi import BlockJacobi as BlockJacobi
 from .precondition.block_tridiagonal import BlockTridiagonal as BlockTridiagonal
 from .precondition.chebyshev import Chebyshev as Chebyshev
 from .precondition.composite import Additive as Additive, Multiplicative as Multiplicative
+from .precondition.cycle import (
+    AbstractCycle as AbstractCycle,
+    FCycle as FCycle,
+    VCycle as VCycle,
+    WCycle as WCycle,
+)
 from .precondition.deflation import Deflation as Deflation, DeflationOf as DeflationOf
 from .precondition.elimination import (
     AbstractElimination as AbstractElimination,
@@ -81,6 +88,17 @@ from .precondition.field_split import (
 )
 from .precondition.jacobi import Jacobi as Jacobi
 from .precondition.lagged import Lagged as Lagged
+from .precondition.multigrid import (
+    AbstractCoarseSolver as AbstractCoarseSolver,
+    DenseInverse as DenseInverse,
+    Multigrid as Multigrid,
+    PseudoInverse as PseudoInverse,
+)
+from .precondition.nodes import (
+    AbstractNodes as AbstractNodes,
+    NodeBlocks as NodeBlocks,
+    NodeDiagonal as NodeDiagonal,
+)
 from .precondition.nystrom import Nystrom as Nystrom
 from .precondition.probes import (
     AbstractProbes as AbstractProbes,
@@ -89,6 +107,11 @@ from .precondition.probes import (
     StencilProbes as StencilProbes,
 )
 from .precondition.quasi_newton import QuasiNewton as QuasiNewton
+from .precondition.smoothers import (
+    AbstractSmoother as AbstractSmoother,
+    ChebyshevSmoother as ChebyshevSmoother,
+    JacobiSmoother as JacobiSmoother,
+)
 from .precondition.sparse_lu import SparseLU as SparseLU
 from .precondition.spectral import (
     Dirichlet as Dirichlet,
@@ -102,6 +125,17 @@ from .precondition.stencil import (
     Box as Box,
     Star as Star,
 )
+from .precondition.transfer import (
+    AbstractTransfer as AbstractTransfer,
+    CellConstant as CellConstant,
+    CellDirichlet as CellDirichlet,
+    CellNeumann as CellNeumann,
+    CellPeriodic as CellPeriodic,
+    VertexDirichlet as VertexDirichlet,
+    VertexNatural as VertexNatural,
+    VertexNeumann as VertexNeumann,
+    VertexPeriodic as VertexPeriodic,
+)
 from .precondition.user import UserPreconditioner as UserPreconditioner
 from .results import REASONS as REASONS, reason_name as reason_name
 from .verbs.adjoint import (
@@ -109,4 +143,5 @@ from .verbs.adjoint import (
     KrylovAdjoint as KrylovAdjoint,
     Relinearise as Relinearise,
 )
+from .verbs.grid_sequencing import grid_sequence as grid_sequence
 from .verbs.root_find import root_find as root_find

@@ -8,8 +8,11 @@ from typing import Annotated
 import jax
 import typer
 
+from ..krylov.base import AbstractKrylovSolver
+from ..newton.forcing import AbstractForcing
 from ..problems import Problem
 from . import show, solving, source
+from .choosing import Method, choose
 from .source import UsageError
 
 app = typer.Typer(
@@ -68,6 +71,13 @@ def solve(
         float | None, typer.Option(min=0, help="See --rtol.  [1e-12; in float32 1e-6]")
     ] = None,
     max_steps: Annotated[int, typer.Option(min=0, help="Most trial points.")] = 1000,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="auto: multigrid where the problem lives on a grid that can be coarsened, else "
+            "what the pattern of the Jacobian allows; gmres: without preconditioner."
+        ),
+    ] = Method.auto,
     restart: Annotated[int, typer.Option(min=1, help="Length of a GMRES cycle.")] = 60,
     float32: Annotated[bool, typer.Option("--float32", help="Compute in float32.")] = False,
     plot: Annotated[
@@ -77,7 +87,7 @@ def solve(
         Path | None, typer.Option(metavar="FILE.npz", help="Write solution, history, counters.")
     ] = None,
 ) -> None:
-    """Solve a problem by Newton–GMRES and show how the residual falls."""
+    """Solve a problem by Newton–Krylov and show how the residual falls."""
     jax.config.update("jax_enable_x64", not float32)  # before any array is made
     usual = solving.SINGLE if float32 else solving.DOUBLE
     tolerances = solving.Tolerances(
@@ -87,8 +97,9 @@ def solve(
     try:
         _check_writable(plot, save)
         what = source.load(problem, n, settings or [], float32=float32)
-        display.begin(what, tolerances)
-        outcome = _solve(what, tolerances, max_steps, restart, display)
+        linear_solver, forcing, choice = choose(what, method, restart)
+        display.begin(what, tolerances, choice)
+        outcome = _solve(what, tolerances, max_steps, linear_solver, forcing, display)
     except UsageError as error:
         show.fail(str(error))
         raise typer.Exit(2) from None
@@ -106,7 +117,8 @@ def _solve(
     what: Problem,
     tolerances: solving.Tolerances,
     max_steps: int,
-    restart: int,
+    linear_solver: AbstractKrylovSolver,
+    forcing: AbstractForcing,
     display: show.Display,
 ) -> solving.Outcome:
     try:
@@ -114,7 +126,8 @@ def _solve(
             what,
             tolerances,
             max_steps=max_steps,
-            restart=restart,
+            linear_solver=linear_solver,
+            forcing=forcing,
             verbose=display.trial,
             phase=display.phase,
         )

@@ -42,8 +42,8 @@ class Display:
         self._out = out
         self._initial = float("nan")
 
-    def begin(self, problem: Problem, tolerances: Tolerances) -> None:
-        """What is about to be solved."""
+    def begin(self, problem: Problem, tolerances: Tolerances, choice: str) -> None:
+        """What is about to be solved, and how where that is known."""
         leaves = [x for x in jtu.tree_leaves(problem.y0) if isinstance(x, jax.Array)]
         dtype = jnp.result_type(*leaves) if leaves else "no dtype"
         unknowns = sum(x.size for x in leaves)
@@ -52,6 +52,8 @@ class Display:
             f"{unknowns} unknown{'s' * (unknowns != 1)}, {dtype}, {jax.default_backend()}, "
             f"until ‖F‖ ≤ {tolerances.atol:g} + {tolerances.rtol:g} ‖F₀‖"
         )
+        if choice:
+            self._out.print(choice)
 
     def phase(self, text: str) -> AbstractContextManager[Any]:
         """A spinner for as long as the phase takes; on "solving" the header of the lines."""
@@ -83,6 +85,8 @@ class Display:
         table.add_column(style="bold")
         table.add_column()
         table.add_row("result", Text(outcome.reason, style="bold green" if good else "bold red"))
+        if outcome.choice:
+            table.add_row("linear solver", outcome.choice)
         table.add_row("‖F‖", f"{outcome.initial_norm:.3e} → {outcome.norm:.3e}")
         for name, label in _COUNTERS.items():
             if name in outcome.counters and not (

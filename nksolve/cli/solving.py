@@ -13,9 +13,8 @@ import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
 
-from .. import tree
-from ..krylov.gmres import GMRES
-from ..newton.forcing import AbstractForcing, ConstantForcing, EisenstatWalker2
+from ..krylov.base import AbstractKrylovSolver
+from ..newton.forcing import AbstractForcing
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.report import StepReport
 from ..problems import Problem
@@ -40,14 +39,16 @@ SINGLE = Tolerances(1e-4, 1e-6)
 class Outcome(NamedTuple):
     """A solve that has been run, on the host.
 
-    `compile_seconds` is tracing and compilation; `run_seconds` is the one run of the compiled
-    program, with the calls of `verbose`. `history` is a structured array, one row for each trial.
+    `choice` is what an automatic linear solver chose, empty for others. `compile_seconds` is
+    tracing and compilation; `run_seconds` is the one run of the compiled program, with the calls of
+    `verbose`. `history` is a structured array, one row for each trial.
     """
 
     y: Any
     succeeded: bool
     reason: str
     advice: str
+    choice: str
     counters: dict[str, int]
     initial_norm: float
     norm: float
@@ -61,18 +62,19 @@ def solve(
     tolerances: Tolerances,
     *,
     max_steps: int,
-    restart: int,
+    linear_solver: AbstractKrylovSolver,
+    forcing: AbstractForcing,
     verbose: Callable[[StepReport], None],
     phase: Callable[[str], AbstractContextManager[Any]],
 ) -> Outcome:
-    """Runs Newton–GMRES on the problem, telling `verbose` of each trial.
+    """Runs Newton–Krylov on the problem, telling `verbose` of each trial.
 
     `phase(text)` is entered for each of the two phases. Errors in `problem.fn` come through.
     """
     solver = NewtonKrylov(
         *tolerances,
-        linear_solver=GMRES(restart=restart),
-        forcing=_forcing(problem.y0, restart),
+        linear_solver=linear_solver,
+        forcing=forcing,
         history_length=max_steps + 1,
         verbose=verbose,
     )
@@ -99,6 +101,7 @@ def solve(
         succeeded=bool(solution.result == optx.RESULTS.successful),
         reason=reason_name(stats["reason"]),
         advice=str(REASONS[stats["reason"]]),
+        choice=str(stats.get("choice", "")),
         counters={k: int(v) for k, v in stats.items() if k.startswith("num_")},
         initial_norm=float(stats["initial_residual_norm"]),
         norm=float(stats["residual_norm"]),
@@ -106,13 +109,6 @@ def solve(
         compile_seconds=compile_seconds,
         run_seconds=run_seconds,
     )
-
-
-def _forcing(y0: Any, restart: int) -> AbstractForcing:
-    """Exact Newton where one cycle solves the linear system anyway: loose solves of a few
-    unknowns save nothing, and the line search then stalls on Rosenbrock's function."""
-    small = tree.size(eqx.filter(y0, eqx.is_inexact_array)) <= restart
-    return ConstantForcing(1e-6) if small else EisenstatWalker2()
 
 
 def save(path: Path, problem: Problem, outcome: Outcome) -> None:

@@ -2,7 +2,13 @@
 
 from .base import Problem as Problem
 from .beam import beam as beam
-from .bratu import bratu as bratu, bratu_1d as bratu_1d, bratu_1d_solution as bratu_1d_solution
+from .bratu import (
+    bratu as bratu,
+    bratu_1d as bratu_1d,
+    bratu_1d_solution as bratu_1d_solution,
+    bratu_3d as bratu_3d,
+)
+from .brusselator import brusselator as brusselator
 from .chandrasekhar import (
     chandrasekhar as chandrasekhar,
     chandrasekhar_right as chandrasekhar_right,

@@ -2,12 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """The leading `dimensions` axes of y are a grid, and `fn` works on a grid of any size.
+
+    - `boundary`: "dirichlet" (interior nodes, zero outside), "neumann" (nodes with both ends, no
+      flux) or "periodic".
+    - `order`: the power of the mesh width that the residual is multiplied by.
+    """
+
+    dimensions: int
+    boundary: Literal["dirichlet", "neumann", "periodic"]
+    order: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +45,7 @@ class Problem:
       Burkardt's test_nonlin), "trap" (‖f‖ has a local minimum that is no root), ...
     - `published`: published numbers by name, such as "newton_steps" or "centre"; each docstring
       says what they are.
+    - `mesh`: the grid that y lives on, for multigrid, or `None`.
     - `field`: takes a solution and returns the array to plot (1-D or 2-D), or is `None`.
     """
 
@@ -45,6 +60,7 @@ class Problem:
     bounds: tuple[PyTree[Array], PyTree[Array]] | None = dataclasses.field(default=None, repr=False)
     tags: frozenset[str] = frozenset()
     published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
     field: Callable[[Any], Any] | None = dataclasses.field(default=None, repr=False)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from .base import Problem, at_least, floating, identity, interior
+from .base import Mesh, Problem, at_least, floating, identity, interior
 from .stencils import neighbour_sum
 
 # λ* = 8 s² sech² s with s tanh s = 1.
@@ -19,7 +19,7 @@ def bratu_residual(u: Float[Array, "*grid"], lam: Float[Array, ""]) -> Float[Arr
     return 2.0 * u.ndim * u - neighbour_sum(u) - h**2 * lam * jnp.exp(u)
 
 
-def bratu(n: int = 64, lam: float = 6.0, *, dtype: DTypeLike | None = None) -> Problem:
+def bratu(n: int = 511, lam: float = 6.0, *, dtype: DTypeLike | None = None) -> Problem:
     """Bratu's problem on the unit square: f = 4u − Σ neighbours − h²λeᵘ, u = 0 on the boundary.
 
     y has shape (n, n), the interior nodes, h = 1/(n+1); the start is zero; `args` is λ, a scalar.
@@ -40,6 +40,7 @@ def bratu(n: int = 64, lam: float = 6.0, *, dtype: DTypeLike | None = None) -> P
         y0=jnp.zeros((n, n), dtype),
         args=jnp.asarray(lam, dtype),
         tags=frozenset({"pde", "2d", "symmetric", "fold"}),
+        mesh=Mesh(2, "dirichlet", order=2),
         published={
             "fold": FOLD_2D,
             "fold_on_grid": {15: 6.802174, 31: 6.806653, 63: 6.807757},
@@ -70,9 +71,38 @@ def bratu_1d(n: int = 127, lam: float = 3.0, *, dtype: DTypeLike | None = None) 
         args=jnp.asarray(lam, dtype),
         continuum=None if exact is None else jnp.asarray(exact, dtype),
         tags=frozenset({"pde", "1d", "symmetric", "fold"}),
+        mesh=Mesh(1, "dirichlet", order=2),
         published={"fold": FOLD_1D, "fold_theta": 4.79871456103094},
         field=identity,
     )
+
+
+def bratu_3d(n: int = 15, lam: float = 6.0, *, dtype: DTypeLike | None = None) -> Problem:
+    """Bratu's problem on the unit cube: f = 6u − Σ neighbours − h²λeᵘ, u = 0 on the boundary.
+
+    y has shape (n, n, n), the interior nodes, h = 1/(n+1); the start is zero; `args` is λ, a
+    scalar. λ = 6 lies below the fold (about 9.9): from zero Newton finds the lower solution.
+
+    Source: Mohsen, Comput. Math. Appl. 67 (2014), the same equation in two dimensions.
+    """
+    at_least("n", n, 1)
+    dtype = floating(dtype)
+    return Problem(
+        name="bratu-3d",
+        title=f"3-D Bratu, {n} x {n} x {n} interior nodes, lambda = {lam:g}",
+        source="Mohsen, Comput. Math. Appl. 67 (2014), in three dimensions",
+        fn=bratu_residual,
+        y0=jnp.zeros((n, n, n), dtype),
+        args=jnp.asarray(lam, dtype),
+        tags=frozenset({"pde", "3d", "symmetric", "fold"}),
+        mesh=Mesh(3, "dirichlet", order=2),
+        field=middle_line,
+    )
+
+
+def middle_line(y: Float[Array, "n n n"]) -> Float[Array, "n"]:
+    """The line along the last axis through the middle, the `field` of `bratu_3d`."""
+    return y[y.shape[0] // 2, y.shape[1] // 2]
 
 
 def bratu_1d_solution(x: np.ndarray, lam: float, *, upper: bool = False) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import Any
 
 from .base import Problem
 from .beam import beam
-from .bratu import bratu, bratu_1d
+from .bratu import bratu, bratu_1d, bratu_3d
+from .brusselator import brusselator
 from .chandrasekhar import chandrasekhar, chandrasekhar_right
 from .convection_diffusion import convection_diffusion, convection_diffusion_linear
 from .food_web import food_web
@@ -71,6 +72,8 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "beam": beam,
     "bratu": bratu,
     "bratu-1d": bratu_1d,
+    "bratu-3d": bratu_3d,
+    "brusselator": brusselator,
     "chandrasekhar": chandrasekhar,
     "convection-diffusion": convection_diffusion,
     "convection-diffusion-linear": convection_diffusion_linear,

@@ -12,7 +12,7 @@ from nksolve.problems import NONLINEAR_LIBRARY, PROBLEMS, get
 from .oracle import dense, residual
 
 DEFAULT = {name: get(name) for name in PROBLEMS}
-SMALL = {"bratu": {"n": 12}, "chandrasekhar": {"n": 32}, "laplace": {"n": 9}}
+SMALL = {"bratu": {"n": 12}, "chandrasekhar": {"n": 32}, "laplace": {"n": 9}, "bratu-3d": {"n": 5}}
 
 
 def small(name, **more):
@@ -129,7 +129,7 @@ def test_unknown_name_suggests_the_near_one():
 
 
 def test_unknown_size_is_refused_and_the_known_ones_are_listed():
-    with pytest.raises(ValueError, match=r"'bratu' does not take m; it takes n=64, lam=6.0"):
+    with pytest.raises(ValueError, match=r"'bratu' does not take m; it takes n=511, lam=6.0"):
         get("bratu", m=3)
 
 

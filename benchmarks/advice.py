@@ -13,9 +13,6 @@ import lineax as lx
 import numpy as np
 
 import nksolve as nks
-from nksolve.precondition.algebraic_multigrid import AlgebraicMultigrid
-from nksolve.precondition.multigrid import Multigrid
-from nksolve.precondition.transfer import VertexDirichlet
 from nksolve.problems import get
 
 from .pde_ours import bratu_shift, mean_reaction
@@ -125,9 +122,9 @@ def preconditioners(small: bool) -> list[tuple[str, Any, dict[str, Any], list[Ch
     """(title, problem, fields of the Newton solver, choices)."""
     n = 15 if small else 127
     bratu = get("bratu", n=n)
-    multigrid = Multigrid(bratu.fn, VertexDirichlet())
+    multigrid = nks.Multigrid(bratu.fn, nks.VertexDirichlet())
     spectral = nks.Spectral(shift=bratu_shift)
-    algebraic = AlgebraicMultigrid.from_jacobian(bratu.fn, bratu.y0, bratu.args)
+    algebraic = nks.AlgebraicMultigrid.from_jacobian(bratu.fn, bratu.y0, bratu.args)
     line = get("bratu-1d", n=100 if small else 10_000, lam=3.0)
     web = get("food-web")
     brusselator = get("brusselator", n=16 if small else 64)

@@ -60,6 +60,7 @@ from .newton.line_search import (
 )
 from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
 from .newton.report import StepReport as StepReport
+from .precondition.algebraic_multigrid import AlgebraicMultigrid as AlgebraicMultigrid
 from .precondition.auto import Auto as Auto
 from .precondition.banded import Banded as Banded
 from .precondition.base import (
@@ -69,6 +70,11 @@ from .precondition.base import (
 from .precondition.block_jacobi import BlockJacobi as BlockJacobi
 from .precondition.block_tridiagonal import BlockTridiagonal as BlockTridiagonal
 from .precondition.chebyshev import Chebyshev as Chebyshev
+from .precondition.coarsening import (
+    AbstractCoarsening as AbstractCoarsening,
+    RugeStuben as RugeStuben,
+    SmoothedAggregation as SmoothedAggregation,
+)
 from .precondition.composite import Additive as Additive, Multiplicative as Multiplicative
 from .precondition.cycle import (
     AbstractCycle as AbstractCycle,

@@ -57,6 +57,18 @@ def test_solves_and_writes(run, tmp_path):
     assert all(f"{norm:.3e}" in done.output for norm in history["norm"])
 
 
+def test_says_what_it_chose(run):
+    done = run("solve", "bratu", "--n", 31)
+    assert done.exit_code == 0, done.output
+    assert "Multigrid: a V-cycle on 2 grids, 31 x 31 to 15 x 15" in done.output
+    done = run("solve", "bratu", "--n", 31, "--method", "gmres")
+    assert done.exit_code == 0, done.output
+    assert "GMRES without preconditioner" in done.output
+    done = run("solve", "bratu", "--n", 30)  # 30 does not halve
+    assert done.exit_code == 0, done.output
+    assert "SparseDirect: 900 unknowns" in done.output
+
+
 def test_float32(run, tmp_path):
     archive = tmp_path / "out.npz"
     done = run("solve", "bratu", "--n", 8, "--float32", "--save", archive)

@@ -1,5 +1,6 @@
 """What every test runs under. The environment is set before jax is imported."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,19 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("nksolve")
+
+
+_MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Each compiled program is mapped into memory several times over, and Linux allows 65,530
+    mappings: XLA dies beyond. Drops the programs of earlier modules where many have gathered."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

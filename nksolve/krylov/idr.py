@@ -29,7 +29,8 @@ class _Memory(NamedTuple):
 
 
 class IDR(AbstractShortRecurrence):
-    """IDR(s) for square, nonsymmetric A x = b, preconditioned on the right.
+    """Induced dimension reduction, IDR(s), for square, nonsymmetric A x = b, preconditioned on the
+    right.
 
     Forces the residual into spaces of falling dimension,
     G_{j+1} = (I − ω_{j+1} A M⁻¹)(G_j ∩ P^⊥), with P of s fixed random orthonormal columns: s steps

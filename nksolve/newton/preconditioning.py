@@ -1,13 +1,12 @@
 """Carry a preconditioner's state through the Newton loop."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array
 
 from .. import tree
 from ..loops import any_lane
@@ -20,7 +19,7 @@ def carried_arrays(
     operator: Callable[[], lx.AbstractLinearOperator],
     y: Y,
     args: Args,
-) -> list[Array] | None:
+) -> list[Any] | None:
     """Zeros for the arrays that a preconditioner keeps between linearisations."""
     if preconditioner.is_rebuilt:
         return None
@@ -32,14 +31,14 @@ class Refreshed(NamedTuple):
     """A preconditioner at a linearisation."""
 
     operator: lx.AbstractLinearOperator  # M⁻¹
-    carried: list[Array] | None  # the arrays to carry on
+    carried: list[Any] | None  # the arrays to carry on
     updated: Flag
     num_probes: int | Count  # matvecs of that update
     skeleton: Skeleton | None  # the rest of the state
 
     def after(
         self, preconditioner: AbstractPreconditioner, num_steps: Count, solved: Flag
-    ) -> list[Array] | None:
+    ) -> list[Any] | None:
         """The arrays to carry on after a linear solve of so many iterations."""
         if self.carried is None or self.skeleton is None:
             return self.carried
@@ -49,7 +48,7 @@ class Refreshed(NamedTuple):
 
 def refreshed(
     preconditioner: AbstractPreconditioner,
-    carried: list[Array] | None,
+    carried: list[Any] | None,
     operator: lx.AbstractLinearOperator,
     y: Y,
     args: Args,

@@ -9,7 +9,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ..loops import any_lane
 from ..typing import Args, Count, Flag, Y
@@ -110,7 +110,7 @@ class Skeleton(NamedTuple):
     static: PyTree
 
 
-def split(state: PyTree) -> tuple[list[Array], Skeleton]:
+def split(state: PyTree) -> tuple[list[Any], Skeleton]:
     """The arrays of a state as a list, and the rest of it.
 
     A list, since states of two linearisations hold the same arrays in trees that may not compare
@@ -121,7 +121,7 @@ def split(state: PyTree) -> tuple[list[Array], Skeleton]:
     return leaves, Skeleton(treedef, static)
 
 
-def join(arrays: list[Array], skeleton: Skeleton) -> PyTree:
+def join(arrays: list[Any], skeleton: Skeleton) -> PyTree:
     """The state that was split."""
     return eqx.combine(jtu.tree_unflatten(skeleton.treedef, arrays), skeleton.static)
 

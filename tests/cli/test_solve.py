@@ -39,7 +39,6 @@ def test_solves_and_writes(run, tmp_path):
     assert done.exit_code == 0, done.output
     assert "16 x 16 interior nodes, lambda = 5" in done.output
     assert "256 unknowns, float64" in done.output
-    assert "residual_rtol" in done.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     saved = _load(archive)
@@ -52,7 +51,9 @@ def test_solves_and_writes(run, tmp_path):
     assert history.size == saved["num_fn_evals"] == saved["num_steps"] + 1
     assert history["norm"][0] == saved["initial_residual_norm"]
     assert history["num_matvecs"].sum() == saved["num_matvecs"]
-    assert history["reason"][-1] == saved["reason"] == "residual_rtol"
+    assert history["reason"][-1] == saved["reason"]
+    assert saved["reason"] in ("residual_rtol", "residual_atol")
+    assert str(saved["reason"]) in done.output
     # A line for each trial, as it happened.
     assert all(f"{norm:.3e}" in done.output for norm in history["norm"])
 
@@ -170,7 +171,7 @@ def test_problems_lists_all(run):
     assert done.exit_code == 0, done.output
     first_words = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
     assert set(PROBLEMS) <= first_words
-    assert "n=64, lam=6.0" in done.stdout
+    assert "n=511, lam=6.0" in done.stdout
 
 
 def test_version(run):

@@ -34,13 +34,7 @@ SCIPY = {
 
 def competitors(row: Row) -> list[Competitor]:
     """nksolve first: all ratios are to it."""
-    chosen = [nksolve("nksolve"), nksolve("nksolve, AD at each matvec", policy=nks.Recompute())]
-    if row.tags:
-        fields = {
-            "linear_solver": nks.GMRES(restart=100, orthogonalisation=nks.MGS()),
-            "forcing": nks.ConstantForcing(0.01),
-        }
-        chosen.append(nksolve("nksolve, GMRES(restart=100, MGS), η = 0.01", **fields))
+    chosen = [*_ours(row), nksolve("nksolve, AD at each matvec", policy=nks.Recompute())]
     restart, eta, looseness = GMRES.get(row.name, (5, 1e-1, 1.0))
     chosen += [
         optimistix("Optimistix, lx.GMRES, default restart", gmres(20), eta=1e-2),
@@ -60,6 +54,27 @@ def competitors(row: Row) -> list[Competitor]:
         words = ", ".join(str(value) for value in settings.values())
         chosen.append(scipy(f"SciPy newton_krylov, {words}", **settings))
     return chosen
+
+
+def _ours(row: Row) -> list[Competitor]:
+    """The choice that docs/how-to-choose.md makes first, then the default."""
+    default = nksolve("nksolve, default (GMRES)")
+    if row.tags:  # a diffusion operator on a square
+        return [
+            nksolve("nksolve, GMRES + Spectral", linear_solver=nks.GMRES(preconditioner=_SPECTRAL)),
+            nksolve("nksolve, CG", linear_solver=nks.CG()),
+            default,
+        ]
+    if row.lanes:
+        return [
+            nksolve("nksolve, GMRES(10)", linear_solver=nks.GMRES(restart=10)),
+            default,
+            nksolve("nksolve, BiCGStab", linear_solver=nks.BiCGStab()),
+        ]
+    return [default]
+
+
+_SPECTRAL = nks.Spectral()
 
 
 def _tuned(name: str, linear_solver, knobs: tuple[float, float]) -> Competitor:

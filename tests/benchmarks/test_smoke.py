@@ -8,7 +8,11 @@ from benchmarks.timing import measure
 
 def test_a_row_is_measured_counted_and_printed():
     row = rows(small=True)[0]
-    chosen = [c for c in competitors(row) if c.name == "nksolve" or c.name.startswith("SciPy")]
+    chosen = [
+        c
+        for c in competitors(row)
+        if c.name.startswith("nksolve, default") or c.name.startswith("SciPy")
+    ]
     measurements = measure(row, chosen, repeats=1, budget=10.0)
     assert [m.failure for m in measurements] == [None] * len(chosen)
     ours = measurements[0]

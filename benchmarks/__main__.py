@@ -1,6 +1,7 @@
 """Side by side with the peers: `python -m benchmarks [--small] [--write] [--only NAME ...]`.
 
-With `--pde` the partial differential equations of `benchmarks/pde.py`.
+With `--pde` the partial differential equations of `benchmarks/pde.py`, with `--layers` the
+equilibrium layers of `benchmarks/layers.py`.
 """
 
 import argparse
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--pde", action="store_true", help="PDEs, with PETSc among the peers")
     parser.add_argument("--advice", action="store_true", help="methods and preconditioners")
+    parser.add_argument("--layers", action="store_true", help="equilibrium layers, with torchdeq")
+    parser.add_argument("--counts", action="store_true", help="equilibrium cells, no clock")
     parser.add_argument("--small", action="store_true", help="tiny problems, to see that it runs")
     parser.add_argument(
         "--write", action="store_true", help="write the tables into docs/validation"
@@ -68,6 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of rows")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds for each competitor")
+    parser.add_argument(
+        "--peers", default=sys.executable, help="with --layers: a Python with torchdeq and jaxopt"
+    )
+    parser.add_argument(
+        "--redo", nargs="*", default=[], help="with --layers: measure these rows again"
+    )
     options = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -86,6 +95,18 @@ def main(argv: list[str] | None = None) -> None:
         from . import pde
 
         page, text = pde.PAGE, machine() + "\n\n" + pde.report(**chosen)
+    elif options.layers:
+        from . import layers
+
+        peers = {"peers": options.peers, "redo": options.redo}
+        page, text = layers.PAGE, machine() + "\n\n" + layers.report(**chosen, **peers)
+        if not options.write:
+            print(text)
+    elif options.counts:
+        from . import equilibrium_counts
+
+        page = equilibrium_counts.PAGE
+        text = machine() + "\n\n" + equilibrium_counts.report(**chosen)
     elif options.advice:
         from . import advice
 

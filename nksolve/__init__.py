@@ -1,6 +1,30 @@
 """Newton–Krylov solvers for JAX: linearise once, share everything."""
 
+from .accelerate.anderson import Anderson as Anderson
+from .accelerate.base import AbstractIteration as AbstractIteration
+from .accelerate.broyden import (
+    AbstractBroyden as AbstractBroyden,
+    BadBroyden as BadBroyden,
+    Broyden as Broyden,
+)
 from .accelerate.fas import FAS as FAS
+from .accelerate.low_rank import (
+    AbstractForgetting as AbstractForgetting,
+    DropOldest as DropOldest,
+    LowRankInverse as LowRankInverse,
+    RankReduction as RankReduction,
+    Restart as Restart,
+)
+from .accelerate.ngmres import NGMRES as NGMRES
+from .accelerate.picard import Picard as Picard
+from .accelerate.qr_window import (
+    AbstractColumnFilter as AbstractColumnFilter,
+    AngleFilter as AngleFilter,
+    ConditionFilter as ConditionFilter,
+)
+from .accelerate.switching import Switching as Switching
+from .cells.mondeq import MonotoneCell as MonotoneCell
+from .cells.normalised import SpectralNormCell as SpectralNormCell
 from .history import History as History
 from .krylov.auto import AutoLinear as AutoLinear
 from .krylov.base import AbstractKrylovSolver as AbstractKrylovSolver
@@ -25,6 +49,11 @@ from .krylov.ritz import (
     ArnoldiRecord as ArnoldiRecord,
     harmonic_ritz_values as harmonic_ritz_values,
     ritz_values as ritz_values,
+)
+from .krylov.switching import (
+    AbstractSwitchingRule as AbstractSwitchingRule,
+    ContractionRule as ContractionRule,
+    SwitchingLinear as SwitchingLinear,
 )
 from .krylov.tfqmr import TFQMR as TFQMR
 from .linearise.inspect import LinearisationError as LinearisationError
@@ -59,7 +88,13 @@ from .newton.line_search import (
     Parabolic as Parabolic,
 )
 from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
+from .newton.recording import Recorded as Recorded
 from .newton.report import StepReport as StepReport
+from .newton.reuse import (
+    AbstractReuse as AbstractReuse,
+    KeepLinearisation as KeepLinearisation,
+    Relinearise as Relinearise,
+)
 from .precondition.algebraic_multigrid import AlgebraicMultigrid as AlgebraicMultigrid
 from .precondition.auto import Auto as Auto
 from .precondition.banded import Banded as Banded
@@ -121,8 +156,8 @@ from .precondition.smoothers import (
 from .precondition.sparse_lu import SparseLU as SparseLU
 from .precondition.spectral import (
     Dirichlet as Dirichlet,
-    Neumann as Neumann,
     NeumannCells as NeumannCells,
+    NeumannNodes as NeumannNodes,
     Periodic as Periodic,
     Spectral as Spectral,
 )
@@ -144,10 +179,42 @@ from .precondition.transfer import (
 )
 from .precondition.user import UserPreconditioner as UserPreconditioner
 from .results import REASONS as REASONS, reason_name as reason_name
-from .verbs.adjoint import (
-    KeepLinearisation as KeepLinearisation,
-    KrylovAdjoint as KrylovAdjoint,
-    Relinearise as Relinearise,
+from .verbs.adjoint import AbstractImplicitAdjoint as AbstractImplicitAdjoint
+from .verbs.adjoint_report import AdjointReport as AdjointReport
+from .verbs.approximate_adjoint import Neumann as Neumann, OneStep as OneStep
+from .verbs.batch import (
+    AbstractBatch as AbstractBatch,
+    Compacted as Compacted,
+    Joint as Joint,
+    PerSample as PerSample,
+    Single as Single,
 )
+from .verbs.compacted import compacted_root_find as compacted_root_find
+from .verbs.diagnostics import (
+    ContractionEstimate as ContractionEstimate,
+    history_contraction as history_contraction,
+    krylov_contraction as krylov_contraction,
+    spectral_radius as spectral_radius,
+)
+from .verbs.failure import (
+    AbstractFailure as AbstractFailure,
+    BestEffort as BestEffort,
+    NaNOnFailure as NaNOnFailure,
+    RaiseOnFailure as RaiseOnFailure,
+)
+from .verbs.fixed_point import fixed_point as fixed_point
 from .verbs.grid_sequencing import grid_sequence as grid_sequence
+from .verbs.krylov_adjoint import KrylovAdjoint as KrylovAdjoint
+from .verbs.layer import (
+    AbstractImplicitLayer as AbstractImplicitLayer,
+    ImplicitLayer as ImplicitLayer,
+    LayerInfo as LayerInfo,
+    ResidualLayer as ResidualLayer,
+)
+from .verbs.regularisers import jacobian_frobenius as jacobian_frobenius
 from .verbs.root_find import root_find as root_find
+from .verbs.shared_adjoint import Shared as Shared
+from .verbs.splitting import (
+    ForwardPreconditioner as ForwardPreconditioner,
+    NegativeIdentity as NegativeIdentity,
+)

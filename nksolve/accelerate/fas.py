@@ -1,53 +1,28 @@
 """The full approximation scheme: multigrid for the nonlinear equations themselves."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
-import optimistix as optx
 from jax import lax
 from jaxtyping import PyTree
 
 from .. import tree
 from ..krylov.base import AbstractKrylovSolver, check_tolerances
 from ..krylov.gmres import GMRES
-from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
+from ..linearise.linearisation import Linearisation
 from ..linearise.policies import AbstractPolicy, Linearise
-from ..loops import any_lane
-from ..newton.base import AbstractRootFinder
-from ..newton.convergence import AbstractConvergenceTest, ResidualTest, Standing
+from ..loops import AbstractProgressMeter, NoProgressMeter, any_lane
+from ..newton.convergence import AbstractConvergenceTest, ResidualTest
+from ..newton.report import StepReport
 from ..precondition.cycle import FCycle
 from ..precondition.multigrid import Multigrid, grid_of
-from ..results import REASONS, first_of, is_success, to_optimistix
-from ..typing import Args, Aux, Count, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
+from ..typing import Args, Flag, Norm, ScalarLike, Vector
+from .base import AbstractIteration, Proposal, Trial, Work
 from .fas_cycle import Scheme, cycle
 
 
-class _Best(NamedTuple):
-    """The point of least ‖F‖₂ so far; the root once there is one."""
-
-    point: Vector
-    norm: Scalar
-    test_norm: Scalar
-    aux: Aux
-
-
-class FASState(NamedTuple):
-    """The state of a solve."""
-
-    trial: Count  # points so far, the initial one included
-    proposed: Vector  # by the last cycle
-    best: _Best
-    initial_norm: Scalar
-    steps_since_best: Count
-    reason: REASONS
-    num_steps: Count
-    num_linearisations: Count
-    num_matvecs: Count
-    num_probes: Count
-
-
-class FAS(AbstractRootFinder):
+class FAS(AbstractIteration):
     """Full approximation scheme: cycles of nonlinear smoothing and coarse-grid correction.
 
     On each grid F(u) = τ is smoothed: linearised at u once a sweep, and u ← u + S(τ − F(u)) with
@@ -68,6 +43,7 @@ class FAS(AbstractRootFinder):
     - `convergence`: the residual test and when to give up.
     - `linear_solver`: for derivatives; `GMRES(preconditioner=multigrid)` by default.
     - `policy`: what a linearisation on the finest grid stores.
+    - `history_length`, `progress_meter`, `verbose`: as for `nks.NewtonKrylov`.
 
     Counters are of the finest grid: a cycle takes `pre + post + 1` linearisations there, which
     `num_probes` and `num_matvecs` count the products of.
@@ -88,6 +64,9 @@ class FAS(AbstractRootFinder):
     convergence: AbstractConvergenceTest
     linear_solver: AbstractKrylovSolver
     policy: AbstractPolicy
+    history_length: int = eqx.field(static=True)
+    progress_meter: AbstractProgressMeter
+    verbose: bool | Callable[[StepReport], None] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -100,6 +79,9 @@ class FAS(AbstractRootFinder):
         convergence: AbstractConvergenceTest | None = None,
         linear_solver: AbstractKrylovSolver | None = None,
         policy: AbstractPolicy | None = None,
+        history_length: int = 0,
+        progress_meter: AbstractProgressMeter | None = None,
+        verbose: bool | Callable[[StepReport], None] = False,
     ):
         check_tolerances(rtol, atol)
         if not isinstance(multigrid, Multigrid):
@@ -115,149 +97,36 @@ class FAS(AbstractRootFinder):
         preconditioned = GMRES(preconditioner=multigrid)
         self.linear_solver = preconditioned if linear_solver is None else linear_solver
         self.policy = Linearise() if policy is None else policy
+        self.history_length, self.verbose = history_length, verbose
+        self.progress_meter = NoProgressMeter() if progress_meter is None else progress_meter
 
-    def init(
-        self,
-        fn: Fn,
-        y: Y,
-        args: Args,
-        options: dict[str, Any],
-        f_struct: PyTree,
-        aux_struct: PyTree,
-        tags: frozenset[object],
-    ) -> FASState:
-        if options:
-            raise ValueError(f"`FAS` takes no options, but got {sorted(options)}.")
-        variables = eqx.filter(y, eqx.is_inexact_array)
-        if tree.structure(variables) != f_struct:
-            raise ValueError(
-                "A root find needs as many equations as unknowns, in the same PyTree of the same "
-                f"shapes and dtypes. y is {tree.structure(variables)}, the residual {f_struct}."
-            )
-        infinite = jnp.full((), jnp.inf, tree.real_dtype(variables))
-        none = jnp.zeros((), jnp.int32)
-        best = _Best(variables, infinite, jnp.nan * infinite, tree.zeros_like(aux_struct))
-        return FASState(
-            none, variables, best, infinite, none, REASONS.iterating, none, none, none, none
-        )
+    def memory(self, variables: Vector) -> PyTree:
+        """Nothing."""
+        return ()
 
-    def step(
-        self,
-        fn: Fn,
-        y: Y,
-        args: Args,
-        options: dict[str, Any],
-        state: FASState,
-        tags: frozenset[object],
-    ) -> tuple[Y, FASState, Aux]:
-        """Judges the point that the last cycle proposed; if it is no root, runs the next cycle."""
-        running = state.reason == REASONS.iterating
-        variables, static = eqx.partition(y, eqx.is_inexact_array)
-        trial = tree.where(running, state.proposed, variables)
-        lin = self._linearise(fn, eqx.combine(trial, static), args, tags)
-        norm, test_norm = tree.norm2(lin.value), self.norm(lin.value)
-        is_first = state.trial == 0
-        finite = jnp.isfinite(norm) & jnp.isfinite(test_norm)
-        accepted = running & finite
-        least = accepted & (norm < state.best.norm)
-        since_best = jnp.where(least, 0, state.steps_since_best + tree.count(accepted))
-        initial_norm = jnp.where(is_first, test_norm, state.initial_norm)
-        atol = jnp.asarray(self.atol).astype(norm.dtype)
-        target = atol + jnp.asarray(self.rtol).astype(norm.dtype) * initial_norm
-        stop, reason = self.convergence(Standing(test_norm, initial_norm, atol, target, since_best))
-        reason = first_of(
-            (~running, state.reason),
-            (~finite, REASONS.nonfinite),
-            (stop, reason),
-            otherwise=REASONS.iterating,
-        )
-        wanted = accepted & ~stop
-        proposed = lax.cond(
-            any_lane(wanted),
-            lambda: self._cycle(fn, trial, static, args, lin, tags),
-            lambda: trial,
-        )
-        improved = least | (accepted & stop & is_success(reason))
-        structure = tree.structure(variables)
+    def propose(self, memory: PyTree, trial: Trial, wanted: Flag) -> Proposal:
+        """One cycle."""
+        proposed = lax.cond(any_lane(wanted), lambda: self._cycle(trial), lambda: trial.point)
+        structure = tree.structure(trial.point)
         linearised = self._num_linearisations(structure)
         num_probes, num_matvecs = self._products(structure)
-        new = FASState(
-            trial=state.trial + 1,
-            proposed=tree.where(wanted, proposed, trial),
-            best=tree.where(improved, _Best(trial, norm, test_norm, lin.aux), state.best),
-            initial_norm=initial_norm,
-            steps_since_best=since_best,
-            reason=reason,
-            num_steps=state.num_steps + tree.count(accepted & ~is_first),
-            num_linearisations=(
-                state.num_linearisations + tree.count(running) + linearised * tree.count(wanted)
-            ),
-            num_matvecs=state.num_matvecs + num_matvecs * tree.count(wanted),
-            num_probes=state.num_probes + num_probes * tree.count(wanted),
-        )
-        return eqx.combine(tree.where(accepted, trial, variables), static), new, new.best.aux
+        return Proposal(proposed, memory, Work(linearised, linearised, num_matvecs, num_probes))
 
-    def terminate(
-        self,
-        fn: Fn,
-        y: Y,
-        args: Args,
-        options: dict[str, Any],
-        state: FASState,
-        tags: frozenset[object],
-    ) -> tuple[Flag, optx.RESULTS]:
-        return jnp.asarray(state.reason != REASONS.iterating), to_optimistix(state.reason)
+    def report(self, memory: PyTree) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
-    def postprocess(
-        self,
-        fn: Fn,
-        y: Y,
-        aux: Aux,
-        args: Args,
-        options: dict[str, Any],
-        state: FASState,
-        tags: frozenset[object],
-        result: optx.RESULTS,
-    ) -> tuple[Y, Aux, dict[str, Any]]:
-        none = jnp.zeros((), jnp.int32)
-        evals = self.policy.evals_per_matvec * (state.num_matvecs + state.num_probes)
-        exhausted = state.reason == REASONS.iterating
-        stats = {
-            "num_steps": state.num_steps,
-            "num_rejected_steps": none,
-            "num_linearisations": state.num_linearisations,
-            "num_matvecs": state.num_matvecs,
-            "num_transposed_matvecs": none,
-            "num_preconditioner_applications": none,
-            "num_preconditioner_updates": none,
-            "num_probes": state.num_probes,
-            "num_linear_failures": none,
-            "num_fn_evals": state.num_linearisations + evals,
-            "residual_norm": state.best.test_norm,
-            "initial_residual_norm": state.initial_norm,
-            "reason": REASONS.where(exhausted, REASONS.max_steps, state.reason),
-        }
-        static = eqx.filter(y, eqx.is_inexact_array, inverse=True)
-        return eqx.combine(state.best.point, static), state.best.aux, stats
-
-    def _cycle(
-        self,
-        fn: Fn,
-        u: Vector,
-        static: PyTree,
-        args: Args,
-        lin: Linearisation,
-        tags: frozenset[object],
-    ) -> Vector:
-        multigrid, structure = self.multigrid, tree.structure(u)
+    def _cycle(self, trial: Trial) -> Vector:
+        multigrid, u, args = self.multigrid, trial.point, trial.args
+        structure = tree.structure(u)
         structures = multigrid.structures(structure)
-        at = [lambda u: self._linearise(fn, eqx.combine(u, static), args, tags)]
+        at: list[Callable[[Vector], Linearisation]] = [trial.linearise]
         for depth, coarse in enumerate(structures[1:]):
             args = multigrid.coarse_args(args, coarse)
-            at.append(_CoarseResidual(multigrid, depth, args, coarse, static))
+            at.append(_CoarseResidual(multigrid, depth, args, coarse, trial.static))
         grid = grid_of(multigrid.grid, structure)
         scheme = Scheme(at, structures, grid, multigrid, self.coarse_steps)
-        return cycle(scheme, 0, u, tree.zeros_like(lin.value), lin)
+        return cycle(scheme, 0, u, tree.zeros_like(u), trial.linearisation)
 
     def _num_linearisations(self, structure: PyTree) -> int:
         """Those of a cycle on the finest grid, after the one at its start."""
@@ -274,11 +143,6 @@ class FAS(AbstractRootFinder):
         sweeps = cycle.pre + cycle.post
         degree = len(smoother.coefficients(len(grid)))
         return sweeps * smoother.nodes.num_probes(structure, len(grid)), sweeps * degree
-
-    def _linearise(self, fn: Fn, y: Y, args: Args, tags: frozenset[object]) -> Linearisation:
-        # Only the derivative with respect to y is wanted: args are closed over.
-        target = fn if isinstance(fn, AbstractLinearisable) else lambda y, _: fn(y, args)
-        return linearise(target, y, has_aux=True, policy=self.policy, tags=tags)
 
 
 class _CoarseResidual(eqx.Module):

@@ -18,7 +18,6 @@ from equinox import AbstractVar
 from jaxtyping import PyTree
 
 from .. import tree
-from ..loops import any_lane
 from ..typing import Count, Scalar, ScalarLike, Vector
 from .base import AbstractKrylovSolver
 from .cycle import Cycle, Limits, Solve, Workspace, begin, coupled, scaled
@@ -148,7 +147,7 @@ def minimal_residual(
     def cycle(solve: Solve) -> Solve:
         restarted = tree.count((solve.cycle.j < 0) & ~solve.done)
         carry = lax.while_loop(
-            lambda c: any_lane(c.running) & (c.j < restart),
+            lambda c: system.wanted(c.running) & (c.j < restart),
             lambda c: step(c, solve._replace(restart_steps=solve.restart_steps + restarted)),
             solve.cycle,
         )
@@ -189,7 +188,7 @@ def minimal_residual(
         )
 
     solve, moved = begin(mv, orthogonalisation, b, beta, unit, guess, workspace, limits)
-    solve = lax.while_loop(lambda s: any_lane(~s.done), cycle, solve)
+    solve = lax.while_loop(lambda s: system.wanted(~s.done), cycle, solve)
     steps = solve.cycle.matvecs - solve.restart_steps
     return KrylovResult(
         value=tree.scale(unit, solve.x),

@@ -7,7 +7,8 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import PyTree
 
-from ..typing import Count, LinearFn, Scalar, Vector
+from ..loops import any_lane
+from ..typing import Count, Flag, LinearFn, Scalar, Vector
 
 
 class LinearSystem(NamedTuple):
@@ -16,7 +17,8 @@ class LinearSystem(NamedTuple):
     `transpose_mv` and `transpose_psolve` are w → Aᵀw and w → M⁻ᵀw, transposes without conjugation,
     for the methods that need them; calling `transpose_mv` raises where the operator has none.
     `real` says that inner products are real: always for real vectors, and for complex ones when A
-    is only real-linear, so that ℂⁿ counts as ℝ²ⁿ.
+    is only real-linear, so that ℂⁿ counts as ℝ²ⁿ. `wanted` says of the lanes of a batch whether a
+    loop goes on where the flag holds in those that want more of it: by default if any does.
     """
 
     mv: LinearFn
@@ -24,6 +26,7 @@ class LinearSystem(NamedTuple):
     real: bool
     transpose_mv: LinearFn | None = None
     transpose_psolve: LinearFn | None = None
+    wanted: Callable[[Flag], Flag] = any_lane
 
 
 class KrylovResult(NamedTuple):

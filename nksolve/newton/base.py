@@ -1,6 +1,6 @@
 """What nksolve's own drivers need of a root finder beyond Optimistix's interface."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.lax as lax
@@ -14,6 +14,7 @@ from ..krylov.base import AbstractKrylovSolver
 from ..linearise.policies import AbstractPolicy
 from ..loops import any_lane
 from ..typing import Args, Aux, Fn, Y
+from .reuse import AbstractReuse, KeepLinearisation
 
 
 class AbstractRootFinder(optx.AbstractRootFinder):
@@ -30,6 +31,8 @@ class AbstractRootFinder(optx.AbstractRootFinder):
 
     policy: AbstractVar[AbstractPolicy]
     linear_solver: AbstractVar[AbstractKrylovSolver]
+    #: Where derivatives take their linearisation from, unless the adjoint says.
+    reuse: ClassVar[AbstractReuse] = KeepLinearisation()
 
 
 def iterate(

@@ -206,7 +206,15 @@ class NewtonKrylov(AbstractRootFinder):
             reason=reason,
             counters=self._counted(state, running, verdict, linear, preconditioner),
         )
-        new = told(self, state, new, running, verdict.accepted, test_norm, linear.num_matvecs)
+        length = self.globalisation.step_length(state.search)
+        row = {
+            "norm": test_norm,
+            "eta": jnp.where(linear.num_matvecs > 0, direction.eta, jnp.nan),
+            "num_matvecs": linear.num_matvecs,
+            "step_length": jnp.where(state.trial == 0, jnp.zeros_like(length), length),
+            "accepted": verdict.accepted,
+        }
+        new = told(self, state, new, running, row)
         return eqx.combine(variables, static), new, new.best.aux
 
     def terminate(

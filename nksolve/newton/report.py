@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from ..loops import NoProgressMeter
 from ..results import REASONS, code, is_success, reason_name
-from ..typing import Count, Flag, Scalar
-from .state import NewtonState
+from ..typing import Count, Flag
 
 
 class StepReport(NamedTuple):
@@ -54,24 +53,11 @@ def print_report(report: StepReport) -> None:
     print(f"{line}   {report.reason}" if report.reason else line)
 
 
-def told(
-    solver: Any,
-    old: NewtonState,
-    new: NewtonState,
-    running: Flag,
-    accepted: Flag,
-    test_norm: Scalar,
-    num_matvecs: Count,
-) -> NewtonState:
-    """The new state after a trial was recorded, printed and metered, where the solver asks to."""
-    length = solver.globalisation.step_length(old.search)
-    row = {
-        "norm": test_norm,
-        "eta": jnp.where(num_matvecs > 0, new.direction.eta, jnp.nan),
-        "num_matvecs": num_matvecs,
-        "step_length": jnp.where(old.trial == 0, jnp.zeros_like(length), length),
-        "accepted": accepted,
-    }
+def told(solver: Any, old: Any, new: Any, running: Flag, row: dict[str, Any]) -> Any:
+    """The new state after a trial was recorded, printed and metered, where the solver asks to.
+
+    `row` holds `norm`, `eta`, `num_matvecs`, `step_length` and `accepted` of the trial.
+    """
     if new.history is not None:
         history = new.history.record(old.trial, running, reason=new.reason, **row)
         new = new._replace(history=history)

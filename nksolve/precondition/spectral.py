@@ -59,7 +59,7 @@ class Dirichlet(AbstractBoundary):
         return (2 / (x.shape[axis] + 1)) * self.forward(x, axis)
 
 
-class Neumann(AbstractBoundary):
+class NeumannNodes(AbstractBoundary):
     """Nodes i h, i = 0 … n − 1, h = L/(n − 1), both ends among them; mirrored there, u₋₁ = u₁
     (DCT-I). The first and last rows of −∂² are (2u₀ − 2u₁)/h² and likewise."""
 
@@ -112,13 +112,13 @@ class Spectral(AbstractPreconditioner):
 
     ∂ᵢ² is the three-point and ∂ᵢ the centred difference, whose eigenvalues (2 cos θ − 2)/h² and
     i sin θ/h are used, not those of the differential operator: where J is such an operator, M = J.
-    A mode of eigenvalue zero (c₀ = 0 with `Neumann` or `Periodic` on all axes) is projected out:
-    M⁻¹ is then the pseudo-inverse. Where J is not singular too, give a shift.
+    A mode of eigenvalue zero (c₀ = 0 with `NeumannNodes` or `Periodic` on all axes) is projected
+    out: M⁻¹ is then the pseudo-inverse. Where J is not singular too, give a shift.
 
     **Arguments:**
 
-    - `boundary`: `Dirichlet()`, `Neumann()`, `NeumannCells()` or `Periodic()`, for every axis of
-      every leaf; or a tuple of them, one for each of the leading axes of a leaf: the axes that
+    - `boundary`: `Dirichlet()`, `NeumannNodes()`, `NeumannCells()` or `Periodic()`, for every axis
+      of every leaf; or a tuple of them, one for each of the leading axes of a leaf: the axes that
       follow are components.
     - `diffusion`: c; a number, an array over the component axes, or a tuple of such, one for each
       axis; or a function `(y, args)` that returns one.
@@ -148,7 +148,7 @@ class Spectral(AbstractPreconditioner):
         boundary = self.boundary if isinstance(self.boundary, tuple) else (self.boundary,)
         if not boundary or not all(isinstance(b, AbstractBoundary) for b in boundary):
             raise TypeError(
-                "`Spectral(boundary)`: give `nks.Dirichlet()`, `nks.Neumann()`, "
+                "`Spectral(boundary)`: give `nks.Dirichlet()`, `nks.NeumannNodes()`, "
                 "`nks.NeumannCells()` or `nks.Periodic()`, or a tuple of them, one for each axis "
                 f"of the grid; got {self.boundary!r}."
             )

@@ -14,7 +14,8 @@ from ..newton.base import AbstractRootFinder
 from ..precondition.multigrid import cast_args, coarser, grid_of, same_args, sampled
 from ..precondition.transfer import AbstractTransfer, over_axes
 from ..typing import Args, Fn, Y
-from .adjoint import KrylovAdjoint
+from .adjoint import AbstractImplicitAdjoint
+from .krylov_adjoint import KrylovAdjoint
 from .root_find import root_find
 
 
@@ -29,7 +30,7 @@ def grid_sequence(
     coarsen: Callable[[Args], Args] = same_args,
     has_aux: bool = False,
     max_steps: int = 256,
-    adjoint: KrylovAdjoint | None = None,
+    adjoint: AbstractImplicitAdjoint | None = None,
     throw: bool = True,
     tags: frozenset[object] = frozenset(),
 ) -> optx.Solution:
@@ -88,9 +89,7 @@ def grid_sequence(
         arguments.append(cast_args(coarsen(arguments[-1]), structure))
     if adjoint is None:
         adjoint = KrylovAdjoint()
-    if adjoint.rtol is None:
-        # The solver's own is zero below.
-        adjoint = eqx.tree_at(lambda a: a.rtol, adjoint, solver.rtol, is_leaf=_is_none)
+    adjoint = adjoint.tolerating(solver.rtol)  # the solver's own is zero below
 
     guess, levels, norm = starts[-1], [], None
     solution: Any = None
@@ -142,7 +141,3 @@ def _like(vector: Any, like: Any) -> Any:
 
 def _interpolate(transfer: AbstractTransfer, x: Any, axis: int) -> Any:
     return transfer.interpolate(x, axis)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

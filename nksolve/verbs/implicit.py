@@ -22,11 +22,10 @@ from jaxtyping import Array, PyTree
 from .. import tree
 from ..linearise.trace import LinearisedProgram, Program
 from ..newton.base import AbstractRootFinder, iterate
+from ..newton.reuse import AbstractReuse, KeepLinearisation
 from ..typing import Args, Vector, Y
 from .adjoint import (
-    AbstractReuse,
-    ImplicitSolve,
-    KeepLinearisation,
+    AbstractImplicitSolve,
     check_differentiable,
     implicit_tangents,
     tangents_at,
@@ -38,7 +37,7 @@ class Problem(eqx.Module):
 
     program: Program
     solver: AbstractRootFinder
-    linear: ImplicitSolve
+    linear: AbstractImplicitSolve
     reuse: AbstractReuse
     y0: Y
     args: Args

@@ -12,8 +12,10 @@ from ..linearise.inspect import check_unknown
 from ..linearise.trace import trace
 from ..newton.base import AbstractRootFinder
 from ..typing import Args, Fn, Y
-from .adjoint import KrylovAdjoint, nan_where, stop_gradient
+from .adjoint import AbstractImplicitAdjoint, stop_gradient
+from .failure import nan_where
 from .implicit import Problem, root
+from .krylov_adjoint import KrylovAdjoint
 
 
 def root_find(
@@ -68,7 +70,7 @@ def root_find(
     if adjoint is None:
         adjoint = KrylovAdjoint() if ours else optx.ImplicitAdjoint()
     y0 = jtu.tree_map(_as_array, y0)
-    if not ours or not isinstance(adjoint, KrylovAdjoint):
+    if not ours or not isinstance(adjoint, AbstractImplicitAdjoint):
         # Optimistix counts the evaluation of the initial point, which is the first of our steps.
         solution = optx.root_find(
             fn, solver, y0, args, options, has_aux=has_aux, max_steps=max_steps + ours,
@@ -89,7 +91,7 @@ def _root_find(fn, solver, y0, args, options, has_aux, max_steps, adjoint, throw
         program=program,
         solver=stop_gradient(solver),
         linear=adjoint.resolved(solver, args, tags, throw=throw),
-        reuse=adjoint.reuse,
+        reuse=adjoint.reuse_in(solver),
         y0=stop_gradient(y0),
         args=stop_gradient(args),
         options=options,

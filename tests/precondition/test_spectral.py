@@ -11,16 +11,16 @@ import pytest
 import scipy.fft
 
 import nksolve as nks
-from nksolve.precondition.spectral import Dirichlet, Neumann, NeumannCells, Periodic, Spectral
+from nksolve.precondition.spectral import Dirichlet, NeumannCells, NeumannNodes, Periodic, Spectral
 from nksolve.problems import get
 
-_BOUNDARIES = [Dirichlet(), Neumann(), NeumannCells(), Periodic()]
+_BOUNDARIES = [Dirichlet(), NeumannNodes(), NeumannCells(), Periodic()]
 
 
 def second(boundary, n, h):
     """−∂² as a dense matrix, from its stencil."""
     a = 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
-    if isinstance(boundary, Neumann):
+    if isinstance(boundary, NeumannNodes):
         a[0, 1], a[-1, -2] = -2, -2
     if isinstance(boundary, NeumannCells):
         a[0, 0], a[-1, -1] = 1, 1
@@ -84,7 +84,7 @@ def test_transforms_are_those_of_scipy():
         sine = scipy.fft.dst(x, type=1, axis=axis) / 2
         np.testing.assert_allclose(Dirichlet().forward(jnp.asarray(x), axis), sine, atol=1e-13)
         cosine = scipy.fft.dct(x, type=1, axis=axis)
-        np.testing.assert_allclose(Neumann().forward(jnp.asarray(x), axis), cosine, atol=1e-13)
+        np.testing.assert_allclose(NeumannNodes().forward(jnp.asarray(x), axis), cosine, atol=1e-13)
         cosine = scipy.fft.dct(x, type=2, axis=axis, norm="ortho")
         np.testing.assert_allclose(NeumannCells().forward(jnp.asarray(x), axis), cosine, atol=1e-13)
         for boundary in _BOUNDARIES:
@@ -124,7 +124,7 @@ def test_exact_inverse_in_two_dimensions():
 
 def test_exact_inverse_in_three_dimensions_with_components():
     """Two components with coefficients of their own, behind three axes of the grid."""
-    boundaries, shape = (Dirichlet(), Periodic(), Neumann()), (3, 4, 5)
+    boundaries, shape = (Dirichlet(), Periodic(), NeumannNodes()), (3, 4, 5)
     shift, diffusion = jnp.array([0.5, 2.0]), (jnp.array([1.0, 3.0]), 0.5, 2.0)
     inverse = inverse_of(Spectral(boundaries, diffusion, shift), (*shape, 2))
     ((m, mt),) = matrices([inverse])

@@ -13,9 +13,9 @@ import numpy as np
 import nksolve as nks
 from nksolve.accelerate.anderson import Anderson
 from nksolve.accelerate.picard import Picard
-from nksolve.verbs.failure import BestEffort
+from nksolve.adjoint.failure import BestEffort
+from nksolve.adjoint.krylov import KrylovAdjoint
 from nksolve.verbs.fixed_point import fixed_point
-from nksolve.verbs.krylov_adjoint import KrylovAdjoint
 from tests.helpers.cells import CellCase, tanh_cell
 from tests.helpers.counting import Counter
 

@@ -84,25 +84,27 @@ def several_roots() -> None:
         return jnp.tanh(2.0 * z + x)
 
     def found(solver, x, z):
-        return nks.fixed_point(g, solver, z, x, throw=False).value
+        solution = nks.fixed_point(g, solver, z, x, throw=False)
+        return solution.value, solution.stats["residual_norm"] < 1e-6
 
     newton = nks.NewtonKrylov(1e-10, 1e-12)
     picard = nks.Picard(1e-10, 1e-12)
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(8, 4))
     z = np.linspace(-0.999, 0.999, 2001)
     axis.plot(np.arctanh(z) - 2.0 * z, z, color="0.8", lw=5, label="all roots")
-    cold = jax.jit(jax.vmap(lambda x: found(picard, x, jnp.zeros(()))))(inputs)
+    cold, _ = jax.jit(jax.vmap(lambda x: found(picard, x, jnp.zeros(()))))(inputs)
     axis.plot(inputs, cold, "C0-", lw=1, label="Picard from z₀ = 0")
-    cold = jax.jit(jax.vmap(lambda x: found(newton, x, jnp.zeros(()))))(inputs)
-    axis.plot(inputs, cold, "C2.", ms=4, label="NewtonKrylov from z₀ = 0")
+    cold, good = jax.jit(jax.vmap(lambda x: found(newton, x, jnp.zeros(()))))(inputs)
+    axis.plot(inputs[good], cold[good], "C2.", ms=4, label="NewtonKrylov from z₀ = 0")
+    axis.plot(inputs[~good], cold[~good], "kx", ms=3, label="the same, reported as failed")
     one = jax.jit(lambda x, z: found(newton, x, z))
     path, point = [], cold[0]
     for x in inputs:
-        point = one(x, point)
-        path.append(float(point))
-    axis.plot(inputs, path, "C3--", lw=1, label="NewtonKrylov, x rising, started warm")
+        point, sound = one(x, point)
+        path.append(float(point) if sound else np.nan)
+    axis.plot(inputs, path, "C3--", lw=1.5, label="NewtonKrylov, x rising, started warm")
     axis.set(xlabel="x", ylabel="z", xlim=(-1, 1), title="z = tanh(2 z + x)")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _saved(figure, "layers-roots.png")
 
 

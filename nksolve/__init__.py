@@ -23,8 +23,21 @@ from .accelerate.qr_window import (
     ConditionFilter as ConditionFilter,
 )
 from .accelerate.switching import Switching as Switching
-from .cells.mondeq import MonotoneCell as MonotoneCell
-from .cells.normalised import SpectralNormCell as SpectralNormCell
+from .adjoint.approximate import Neumann as Neumann, OneStep as OneStep
+from .adjoint.base import AbstractImplicitAdjoint as AbstractImplicitAdjoint
+from .adjoint.failure import (
+    AbstractFailure as AbstractFailure,
+    BestEffort as BestEffort,
+    NaNOnFailure as NaNOnFailure,
+    RaiseOnFailure as RaiseOnFailure,
+)
+from .adjoint.krylov import KrylovAdjoint as KrylovAdjoint
+from .adjoint.report import AdjointReport as AdjointReport
+from .adjoint.shared import Shared as Shared
+from .adjoint.splitting import (
+    ForwardPreconditioner as ForwardPreconditioner,
+    NegativeIdentity as NegativeIdentity,
+)
 from .history import History as History
 from .krylov.auto import AutoLinear as AutoLinear
 from .krylov.base import AbstractKrylovSolver as AbstractKrylovSolver
@@ -56,6 +69,28 @@ from .krylov.switching import (
     SwitchingLinear as SwitchingLinear,
 )
 from .krylov.tfqmr import TFQMR as TFQMR
+from .layers.batch import (
+    AbstractBatch as AbstractBatch,
+    Compacted as Compacted,
+    Joint as Joint,
+    PerSample as PerSample,
+    Single as Single,
+)
+from .layers.diagnostics import (
+    ContractionEstimate as ContractionEstimate,
+    history_contraction as history_contraction,
+    krylov_contraction as krylov_contraction,
+    spectral_radius as spectral_radius,
+)
+from .layers.layer import (
+    AbstractImplicitLayer as AbstractImplicitLayer,
+    ImplicitLayer as ImplicitLayer,
+    LayerInfo as LayerInfo,
+    ResidualLayer as ResidualLayer,
+)
+from .layers.monotone_cell import MonotoneCell as MonotoneCell
+from .layers.regularisers import jacobian_frobenius as jacobian_frobenius
+from .layers.spectral_norm_cell import SpectralNormCell as SpectralNormCell
 from .linearise.inspect import LinearisationError as LinearisationError
 from .linearise.layers import checkpoint_layers as checkpoint_layers
 from .linearise.linearisation import Linearisation as Linearisation, linearise as linearise
@@ -179,42 +214,7 @@ from .precondition.transfer import (
 )
 from .precondition.user import UserPreconditioner as UserPreconditioner
 from .results import REASONS as REASONS, reason_name as reason_name
-from .verbs.adjoint import AbstractImplicitAdjoint as AbstractImplicitAdjoint
-from .verbs.adjoint_report import AdjointReport as AdjointReport
-from .verbs.approximate_adjoint import Neumann as Neumann, OneStep as OneStep
-from .verbs.batch import (
-    AbstractBatch as AbstractBatch,
-    Compacted as Compacted,
-    Joint as Joint,
-    PerSample as PerSample,
-    Single as Single,
-)
 from .verbs.compacted import compacted_root_find as compacted_root_find
-from .verbs.diagnostics import (
-    ContractionEstimate as ContractionEstimate,
-    history_contraction as history_contraction,
-    krylov_contraction as krylov_contraction,
-    spectral_radius as spectral_radius,
-)
-from .verbs.failure import (
-    AbstractFailure as AbstractFailure,
-    BestEffort as BestEffort,
-    NaNOnFailure as NaNOnFailure,
-    RaiseOnFailure as RaiseOnFailure,
-)
 from .verbs.fixed_point import fixed_point as fixed_point
 from .verbs.grid_sequencing import grid_sequence as grid_sequence
-from .verbs.krylov_adjoint import KrylovAdjoint as KrylovAdjoint
-from .verbs.layer import (
-    AbstractImplicitLayer as AbstractImplicitLayer,
-    ImplicitLayer as ImplicitLayer,
-    LayerInfo as LayerInfo,
-    ResidualLayer as ResidualLayer,
-)
-from .verbs.regularisers import jacobian_frobenius as jacobian_frobenius
 from .verbs.root_find import root_find as root_find
-from .verbs.shared_adjoint import Shared as Shared
-from .verbs.splitting import (
-    ForwardPreconditioner as ForwardPreconditioner,
-    NegativeIdentity as NegativeIdentity,
-)

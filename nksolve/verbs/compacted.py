@@ -12,21 +12,21 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import tree
-from ..linearise.inspect import check_unknown
-from ..linearise.trace import Program, trace
-from ..newton.base import AbstractRootFinder
-from ..newton.compacting import bucket_sizes, iterate_compacted, select, take
-from ..typing import Args, Fn, Vector, Y
-from .adjoint import (
+from ..adjoint.base import (
     AbstractImplicitAdjoint,
     AbstractImplicitSolve,
     check_differentiable,
     implicit_tangents,
     stop_gradient,
 )
+from ..adjoint.failure import nan_where
+from ..adjoint.krylov import KrylovAdjoint
+from ..linearise.inspect import check_unknown
+from ..linearise.trace import Program, trace
+from ..newton.base import AbstractRootFinder
+from ..newton.compacting import bucket_sizes, iterate_compacted, select, take
+from ..typing import Args, Fn, Vector, Y
 from .compacted_linear import BatchSolve, LaneData
-from .failure import nan_where
-from .krylov_adjoint import KrylovAdjoint
 from .lanes import lane_programs, linearised_lanes, merged, set_aside
 from .memory import recalled, resumed
 

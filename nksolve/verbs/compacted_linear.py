@@ -10,6 +10,9 @@ import lineax as lx
 from jaxtyping import Array, Bool, PyTree
 
 from .. import tree
+from ..adjoint.base import AbstractImplicitSolve, stop_gradient
+from ..adjoint.krylov import ADVICE, KrylovSolve, measured
+from ..adjoint.report import code_of, tell
 from ..krylov.base import AbstractKrylovSolver
 from ..krylov.basis import as_real_space
 from ..krylov.system import KrylovState
@@ -18,9 +21,6 @@ from ..loops import any_lane
 from ..newton.compacting import scatter, select, take, unfinished_rows
 from ..newton.hurried import LANES, hurried
 from ..typing import Args, Scalar, Vector, Y
-from .adjoint import AbstractImplicitSolve, stop_gradient
-from .adjoint_report import code_of, tell
-from .krylov_adjoint import ADVICE, KrylovSolve, measured
 from .lanes import BatchLinearisation
 
 

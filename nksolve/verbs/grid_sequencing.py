@@ -10,12 +10,12 @@ import jax.tree_util as jtu
 import optimistix as optx
 
 from .. import tree
+from ..adjoint.base import AbstractImplicitAdjoint
+from ..adjoint.krylov import KrylovAdjoint
 from ..newton.base import AbstractRootFinder
 from ..precondition.multigrid import cast_args, coarser, grid_of, same_args, sampled
 from ..precondition.transfer import AbstractTransfer, over_axes
 from ..typing import Args, Fn, Y
-from .adjoint import AbstractImplicitAdjoint
-from .krylov_adjoint import KrylovAdjoint
 from .root_find import root_find
 
 

@@ -20,16 +20,16 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .. import tree
-from ..linearise.trace import LinearisedProgram, Program
-from ..newton.base import AbstractRootFinder, iterate
-from ..newton.reuse import AbstractReuse, KeepLinearisation
-from ..typing import Args, Vector, Y
-from .adjoint import (
+from ..adjoint.base import (
     AbstractImplicitSolve,
     check_differentiable,
     implicit_tangents,
     tangents_at,
 )
+from ..linearise.trace import LinearisedProgram, Program
+from ..newton.base import AbstractRootFinder, iterate
+from ..newton.reuse import AbstractReuse, KeepLinearisation
+from ..typing import Args, Vector, Y
 
 
 class Problem(eqx.Module):

@@ -7,9 +7,9 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from ..accelerate.broyden import AbstractBroyden
+from ..adjoint.base import stop_gradient
 from ..krylov.gcrodr import GCRODR
 from ..newton.recording import Recorded
-from .adjoint import stop_gradient
 
 KEYS = ("recycled", "inverse")
 

@@ -8,14 +8,14 @@ import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
 
+from ..adjoint.base import AbstractImplicitAdjoint, stop_gradient
+from ..adjoint.failure import nan_where
+from ..adjoint.krylov import KrylovAdjoint
 from ..linearise.inspect import check_unknown
 from ..linearise.trace import trace
 from ..newton.base import AbstractRootFinder
 from ..typing import Args, Fn, Y
-from .adjoint import AbstractImplicitAdjoint, stop_gradient
-from .failure import nan_where
 from .implicit import Problem, root
-from .krylov_adjoint import KrylovAdjoint
 
 
 def root_find(

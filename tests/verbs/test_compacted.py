@@ -12,11 +12,11 @@ import pytest
 
 import nksolve as nks
 from nksolve.accelerate.picard import Picard
+from nksolve.adjoint.approximate import OneStep
+from nksolve.adjoint.krylov import KrylovAdjoint
 from nksolve.newton.compacting import bucket_sizes, unfinished_rows
 from nksolve.results import reason_name
-from nksolve.verbs.approximate_adjoint import OneStep
 from nksolve.verbs.compacted import compacted_root_find
-from nksolve.verbs.krylov_adjoint import KrylovAdjoint
 from tests.helpers.cells import inputs, tanh_cell
 from tests.helpers.counting import Counter, weighted
 

@@ -11,9 +11,9 @@ import optimistix as optx
 import pytest
 
 import nksolve as nks
-from nksolve.verbs.failure import BestEffort, NaNOnFailure, RaiseOnFailure
-from nksolve.verbs.krylov_adjoint import KrylovAdjoint
-from tests.verbs.adjoint_cells import CELLS, operator, vector
+from nksolve.adjoint.failure import BestEffort, NaNOnFailure, RaiseOnFailure
+from nksolve.adjoint.krylov import KrylovAdjoint
+from tests.adjoint.cells import CELLS, operator, vector
 from tests.verbs.problems import ARGS, COTANGENT, SOLVER, N, dense_root, layer
 
 ONE_STEP = nks.GMRES(max_steps=1)

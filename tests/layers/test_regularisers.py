@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import nksolve as nks
+from nksolve.layers.regularisers import jacobian_frobenius
 from nksolve.verbs.fixed_point import fixed_point
-from nksolve.verbs.regularisers import jacobian_frobenius
 from tests.helpers import Counter
 from tests.helpers.cells import inputs, tanh_cell
 

@@ -11,8 +11,8 @@ import pytest
 import nksolve as nks
 from nksolve.accelerate.picard import Picard
 from nksolve.krylov.ritz import ArnoldiRecord
+from nksolve.layers.diagnostics import history_contraction, krylov_contraction, spectral_radius
 from nksolve.linearise.tags import holomorphic_tag
-from nksolve.verbs.diagnostics import history_contraction, krylov_contraction, spectral_radius
 from nksolve.verbs.fixed_point import fixed_point
 from tests.helpers import Counter
 from tests.helpers.cells import CONTRACTIVE, SPECTRA, inputs, tanh_cell

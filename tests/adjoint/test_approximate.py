@@ -10,15 +10,15 @@ import optimistix as optx
 import pytest
 
 import nksolve as nks
+from nksolve.adjoint.approximate import Neumann, OneStep
+from nksolve.adjoint.krylov import KrylovAdjoint
+from nksolve.adjoint.shared import SecantInverse, Shared
+from nksolve.adjoint.splitting import ForwardPreconditioner, NegativeIdentity
 from nksolve.krylov.recycling import RecycledSpace
 from nksolve.newton.reuse import KeepLinearisation
-from nksolve.verbs.approximate_adjoint import Neumann, OneStep
-from nksolve.verbs.krylov_adjoint import KrylovAdjoint
-from nksolve.verbs.shared_adjoint import SecantInverse, Shared
-from nksolve.verbs.splitting import ForwardPreconditioner, NegativeIdentity
 from tests.helpers import Counter, square_values
 from tests.test_matrix_free import ARGS as STENCIL, stencil
-from tests.verbs.adjoint_cells import CELLS, operator, vector
+from tests.adjoint.cells import CELLS, operator, vector
 
 N = 64
 NEWTON = nks.NewtonKrylov(rtol=1e-12, atol=1e-12)

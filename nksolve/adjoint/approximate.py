@@ -12,8 +12,8 @@ from ..krylov.system import KrylovState
 from ..newton.reuse import AbstractReuse
 from ..precondition.base import AbstractPreconditioner
 from ..typing import Args, ScalarLike, Vector, Y
-from .adjoint import AbstractImplicitAdjoint, AbstractImplicitSolve, stop_gradient
-from .adjoint_report import Receiver, tell_approximation
+from .base import AbstractImplicitAdjoint, AbstractImplicitSolve, stop_gradient
+from .report import Receiver, tell_approximation
 from .splitting import (
     NegativeIdentity,
     check_count,

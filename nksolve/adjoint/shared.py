@@ -16,9 +16,9 @@ from ..linearise.operator import AbstractLinearMap
 from ..newton.reuse import AbstractReuse
 from ..precondition.base import AbstractPreconditioner
 from ..typing import Args, ScalarLike, Vector, Y
-from .adjoint import AbstractImplicitAdjoint, AbstractImplicitSolve, stop_gradient
-from .adjoint_report import Receiver, tell_approximation
+from .base import AbstractImplicitAdjoint, AbstractImplicitSolve, stop_gradient
 from .failure import nan_where
+from .report import Receiver, tell_approximation
 from .splitting import (
     NegativeIdentity,
     as_inverse,

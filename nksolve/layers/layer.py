@@ -11,6 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from .. import tree
+from ..adjoint.base import stop_gradient
 from ..krylov.fgmres import FGMRES
 from ..krylov.gmres import GMRES
 from ..krylov.ritz import ArnoldiRecord
@@ -18,11 +19,10 @@ from ..newton.base import AbstractRootFinder
 from ..newton.newton_krylov import NewtonKrylov
 from ..precondition.base import Identity
 from ..typing import Vector
-from .adjoint import stop_gradient
+from ..verbs.fixed_point import displacement
+from ..verbs.memory import recalled
 from .batch import AbstractBatch, Settings, Single
 from .diagnostics import ContractionEstimate, history_contraction, krylov_contraction
-from .fixed_point import displacement
-from .memory import recalled
 
 
 class LayerInfo(eqx.Module):

@@ -15,9 +15,9 @@ from ..newton.base import AbstractRootFinder
 from ..newton.recording import Recorded
 from ..results import REASONS
 from ..typing import Norm, Scalar, Vector
-from .compacted import compacted_root_find
-from .memory import resumed
-from .root_find import root_find
+from ..verbs.compacted import compacted_root_find
+from ..verbs.memory import resumed
+from ..verbs.root_find import root_find
 
 #: `equation(z, shared, own)`: the residual of one sample; `shared` is what all samples have in
 #: common (the cell), `own` what is the sample's (its input, its key).

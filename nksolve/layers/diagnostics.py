@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray
 
 from .. import tree
+from ..adjoint.base import stop_gradient
 from ..krylov.basis import Basis, as_real_space
 from ..krylov.orthogonalise import CGS2
 from ..krylov.ritz import ArnoldiRecord
@@ -16,8 +17,7 @@ from ..linearise.policies import AbstractPolicy, Linearise
 from ..linearise.tags import holomorphic_tag
 from ..loops import any_lane
 from ..typing import Args, Count, Fn, LinearFn, Scalar, Vector, Y
-from .adjoint import stop_gradient
-from .fixed_point import displacement
+from ..verbs.fixed_point import displacement
 
 # Over 640 records (docs/theory/implicit-diagnostics.md) estimates that called themselves within 10%
 # were up to 25% off with fewer columns than this, up to 12% with as many or more.

@@ -18,9 +18,9 @@ from ..loops import any_lane
 from ..newton.base import AbstractRootFinder
 from ..newton.reuse import AbstractReuse
 from ..typing import Args, LinearFn, Scalar, ScalarLike, Vector, Y
-from .adjoint import AbstractImplicitAdjoint, AbstractImplicitSolve, stop_gradient
-from .adjoint_report import Receiver, code_of, tell
+from .base import AbstractImplicitAdjoint, AbstractImplicitSolve, stop_gradient
 from .failure import AbstractFailure, NaNOnFailure, RaiseOnFailure
+from .report import Receiver, code_of, tell
 
 ADVICE = (
     "The linear solve for a derivative of the root did not converge. Loosen "

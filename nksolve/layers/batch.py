@@ -111,21 +111,31 @@ class Single(AbstractBatch):
         )
 
 
-class Joint(AbstractBatch):
+class AbstractLeadingAxis(AbstractBatch):
+    """The leading axis of every array of x and of z is that of the samples."""
+
+    def lifted(self, fn: Callable[..., Any], *, shared_result: bool = False) -> Callable[..., Any]:
+        """Vmapped over what is a sample's own."""
+
+        def run(shared, *own):
+            axes = (None, *(eqx.if_array(0) for _ in own))
+            out = None if shared_result else eqx.if_array(0)
+            return eqx.filter_vmap(fn, in_axes=axes, out_axes=out)(shared, *own)
+
+        return run
+
+    def keys(self, key: Array, x: PyTree) -> Array:
+        """One for each sample."""
+        return jax.random.split(key, _length(x))
+
+
+class Joint(AbstractLeadingAxis):
     """The batch as one system: one Newton step, one line search, one Krylov space for all.
 
     The cell is vmapped over the leading axis. Tolerances bound the largest of the samples' residual
     norms (the solver's `norm`, taken sample by sample). The cheapest mode where the samples are
     alike: a Krylov basis of one long vector, no masks. One hard sample keeps all of them going.
     """
-
-    def lifted(self, fn: Callable[..., Any], *, shared_result: bool = False) -> Callable[..., Any]:
-        """Vmapped over what is a sample's own."""
-        return _vmapped(fn, shared_result)
-
-    def keys(self, key: Array, x: PyTree) -> Array:
-        """One for each sample."""
-        return jax.random.split(key, _length(x))
 
     def solve(
         self,
@@ -155,20 +165,12 @@ class Joint(AbstractBatch):
         return _flagged(solved._replace(residual_norm=solution.aux, success=success), start, good)
 
 
-class PerSample(AbstractBatch):
+class PerSample(AbstractLeadingAxis):
     """Each sample for itself, all in lockstep: the solve vmapped over the leading axis.
 
     Each has its own forcing terms, line search and Krylov space, and stops counting at its own
     tolerance; arrays hold every sample to the end, so the clock runs for the slowest.
     """
-
-    def lifted(self, fn: Callable[..., Any], *, shared_result: bool = False) -> Callable[..., Any]:
-        """Vmapped over what is a sample's own."""
-        return _vmapped(fn, shared_result)
-
-    def keys(self, key: Array, x: PyTree) -> Array:
-        """One for each sample."""
-        return jax.random.split(key, _length(x))
 
     def solve(
         self,
@@ -195,7 +197,7 @@ class PerSample(AbstractBatch):
         return _flagged(run(z0, shared, own, memory), start, good)
 
 
-class Compacted(AbstractBatch):
+class Compacted(AbstractLeadingAxis):
     """Each sample for itself, and finished ones are taken out of the batch, forward and backward.
 
     As soon as no more than the next of `fractions` of the samples are unfinished, these are
@@ -209,14 +211,6 @@ class Compacted(AbstractBatch):
     """
 
     fractions: tuple[int | float, ...] = eqx.field(static=True, default=(1, 1 / 4, 1 / 16, 1 / 64))
-
-    def lifted(self, fn: Callable[..., Any], *, shared_result: bool = False) -> Callable[..., Any]:
-        """Vmapped over what is a sample's own."""
-        return _vmapped(fn, shared_result)
-
-    def keys(self, key: Array, x: PyTree) -> Array:
-        """One for each sample."""
-        return jax.random.split(key, _length(x))
 
     def solve(
         self,
@@ -265,15 +259,6 @@ class _Together(eqx.Module):
         axes = (eqx.if_array(0), None, eqx.if_array(0))
         f = eqx.filter_vmap(self.equation, in_axes=axes)(z, shared, own)
         return f, jax.lax.stop_gradient(jax.vmap(self.norm)(f))
-
-
-def _vmapped(fn: Callable[..., Any], shared_result: bool) -> Callable[..., Any]:
-    def run(shared, *own):
-        axes = (None, *(eqx.if_array(0) for _ in own))
-        out = None if shared_result else eqx.if_array(0)
-        return eqx.filter_vmap(fn, in_axes=axes, out_axes=out)(shared, *own)
-
-    return run
 
 
 def _solved(solution: optx.Solution) -> Solved:

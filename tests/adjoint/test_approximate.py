@@ -16,9 +16,9 @@ from nksolve.adjoint.shared import SecantInverse, Shared
 from nksolve.adjoint.splitting import ForwardPreconditioner, NegativeIdentity
 from nksolve.krylov.recycling import RecycledSpace
 from nksolve.newton.reuse import KeepLinearisation
+from tests.adjoint.cells import CELLS, operator, vector
 from tests.helpers import Counter, square_values
 from tests.test_matrix_free import ARGS as STENCIL, stencil
-from tests.adjoint.cells import CELLS, operator, vector
 
 N = 64
 NEWTON = nks.NewtonKrylov(rtol=1e-12, atol=1e-12)

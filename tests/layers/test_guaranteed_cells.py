@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
-from nksolve.layers.monotone_cell import MonotoneCell
-from nksolve.layers.spectral_norm_cell import SpectralNormCell
 
 import nksolve as nks
 from nksolve.accelerate.picard import Picard
 from nksolve.layers.layer import ImplicitLayer
+from nksolve.layers.monotone_cell import MonotoneCell
+from nksolve.layers.spectral_norm_cell import SpectralNormCell
 from nksolve.verbs.fixed_point import fixed_point
 
 D = 24

@@ -351,7 +351,7 @@ def test_the_contraction_is_that_of_the_root():
     )  # fmt: skip
     np.testing.assert_allclose(layer(x)[1].contraction().value, [0.5, 0.9], rtol=0.02)
     preconditioned = nks.NewtonKrylov(
-        1e-8, 0.0, linear_solver=nks.GMRES(preconditioner=nks.Jacobi())
+        1e-8, 0.0, linear_solver=nks.GMRES(preconditioner=nks.Jacobi(probes=nks.Hutchinson(4)))
     )
     _, info = nks.ImplicitLayer(case.cell, preconditioned, guess=jnp.zeros_like)(case.x)
     assert jnp.isnan(info.contraction().value)

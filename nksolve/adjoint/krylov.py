@@ -140,7 +140,7 @@ class KrylovSolve(AbstractImplicitSolve):
     def run(self, prepared: _Prepared, b: Vector, *, real: bool, transposed: bool) -> Vector:
         state, norm, results = prepared.state, tree.norm2(b), lx.RESULTS
         wanted = jnp.asarray(self.rtol).astype(norm.dtype)
-        rtol = jnp.where(wanted > 0, jnp.maximum(wanted, 2 * tree.eps(b)), 50 * tree.eps(b))
+        rtol = jnp.where(wanted > 0, jnp.maximum(wanted, tree.eps(b)), 50 * tree.eps(b))
         target = jnp.asarray(self.atol).astype(norm.dtype) + rtol * norm
         linear_solver = _starting(prepared.linear_solver, prepared.space, b, real)
         out = linear_solver.run(state, b, tolerance=target, real=real, verify=True)

@@ -42,7 +42,8 @@ class KrylovAdjoint(AbstractImplicitAdjoint):
     - `linear_solver`: the Krylov method, with its preconditioner; that of the forward solver by
       default.
     - `rtol`, `atol`: tolerances of that solve, ‖r‖ ≤ atol + rtol ‖rhs‖; by default the `rtol` of
-      the nonlinear solver and 0. An `rtol` below 2 units of round-off counts as 2, and 0 as 50.
+      the nonlinear solver and 0. An `rtol` below the unit of round-off counts as that, and 0 as
+      50 of them.
     - `reuse`: `nks.KeepLinearisation()` or `nks.Relinearise()`; the nonlinear solver's own by
       default.
     - `failure`: what a failed solve gives: `nks.RaiseOnFailure()`, `nks.NaNOnFailure()` or

@@ -6,6 +6,7 @@ from equinox.internal import (
     NoProgressMeter as NoProgressMeter,
     TextProgressMeter as TextProgressMeter,
     TqdmProgressMeter as TqdmProgressMeter,
+    create_vprim as create_vprim,
     unvmap_any as _unvmap_any,
     while_loop as while_loop,
 )

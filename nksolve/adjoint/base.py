@@ -22,6 +22,7 @@ from ..linearise.trace import LinearisedProgram, trace
 from ..loops import while_loop
 from ..newton.base import AbstractRootFinder
 from ..newton.reuse import AbstractReuse, Relinearise
+from ..rule import ForwardRule
 from ..typing import Args, Aux, ScalarLike, Vector, Y
 
 _Adjoint = TypeVar("_Adjoint", bound="AbstractImplicitAdjoint")
@@ -121,13 +122,13 @@ def implicit_tangents(
 
     df, daux = explicit(list(tangents))
     flags = depends(lambda t: explicit(t)[0], list(tangents))
-    dy = solve(lin.operator, y, tree.neg(_anchored(df, flags, tangents)))
+    dy = solve(lin.operator, y, tree.neg(anchored(df, flags, tangents)))
     if jtu.tree_leaves(daux):
         _, daux = lin.joint.mv((dy, list(tangents)))
     return dy, daux
 
 
-def _anchored(vector: Vector, depends: list[bool], tangents: Sequence[Array]) -> Vector:
+def anchored(vector: Vector, depends: list[bool], tangents: Sequence[Array]) -> Vector:
     """The vector, every leaf of it depending on the tangents, as the transpose of
     `lax.custom_linear_solve` needs."""
     smallest = min((t for t in tangents if t.size > 0), key=lambda t: t.size, default=None)
@@ -158,7 +159,7 @@ def check_differentiable(policy: AbstractPolicy) -> None:
         )
 
 
-@eqx.filter_custom_jvp
+@ForwardRule
 def _implicit(inputs, *, primal_fn, rewrite_fn, policy, linear):
     return primal_fn(inputs)
 

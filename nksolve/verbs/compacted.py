@@ -25,6 +25,7 @@ from ..linearise.inspect import check_unknown
 from ..linearise.trace import Program, trace
 from ..newton.base import AbstractRootFinder
 from ..newton.compacting import bucket_sizes, iterate_compacted, select, take
+from ..rule import ForwardRule
 from ..typing import Args, Fn, Vector, Y
 from .compacted_linear import BatchSolve, LaneData
 from .lanes import lane_programs, linearised_lanes, merged, set_aside
@@ -166,7 +167,7 @@ class _Problem(eqx.Module):
         return lane_programs(self.program, y, params, self.is_own, active, policy)
 
 
-@eqx.filter_custom_jvp
+@ForwardRule
 def _roots(params: list[Array], *, problem: _Problem) -> PyTree:
     """(y, aux, result, stats) as a function of the parameters."""
     variables = eqx.filter(problem.y0, eqx.is_inexact_array)

@@ -29,6 +29,7 @@ from ..adjoint.base import (
 from ..linearise.trace import LinearisedProgram, Program
 from ..newton.base import AbstractRootFinder, iterate
 from ..newton.reuse import AbstractReuse, KeepLinearisation
+from ..rule import ForwardRule
 from ..typing import Args, Vector, Y
 
 
@@ -76,7 +77,7 @@ class Problem(eqx.Module):
         return (eqx.filter(y, eqx.is_inexact_array), aux, result, stats), kept
 
 
-@eqx.filter_custom_jvp
+@ForwardRule
 def root(params: list[Array], *, problem: Problem) -> PyTree:
     """(y, aux, result, stats) of a root find as a function of its parameters."""
     linearised = problem.linearised(params, [False] * len(params))
@@ -101,7 +102,7 @@ def _root_jvp(primals, tangents, *, problem):
     return out, _output_tangents(out, *implicit_tangents(lin, out[0], chosen, linear))
 
 
-@eqx.filter_custom_jvp
+@ForwardRule
 def _root_and_kept(params, *, problem, linearised):
     return problem.solve(linearised, params, keep=True)
 

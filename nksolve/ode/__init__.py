@@ -1,0 +1,19 @@
+"""Stiff integrators for Diffrax, matrix-free forward and in reverse.
+
+Floor 7, above `layers`. Everything here is a `diffrax.AbstractSolver`, a root finder, an adjoint or
+a step size controller for one.
+"""
+
+try:
+    import diffrax as _diffrax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "`nksolve.ode` gives solvers to Diffrax, which is not installed: "
+        "`pip install 'nksolve[ode]'`."
+    ) from error
+
+from .implicit_euler import ImplicitEuler as ImplicitEuler
+from .kvaerno import Kvaerno3 as Kvaerno3, Kvaerno4 as Kvaerno4, Kvaerno5 as Kvaerno5
+from .linear import Stage as Stage
+from .newton import SimplifiedNewton as SimplifiedNewton
+from .work import Work as Work

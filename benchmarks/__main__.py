@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--redo", nargs="*", default=[], help="with --layers: measure these rows again"
     )
+    parser.add_argument(
+        "--kept", action="store_true", help="with --layers: measure nothing, show what is kept"
+    )
     options = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -98,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     elif options.layers:
         from . import layers
 
-        peers = {"peers": options.peers, "redo": options.redo}
+        peers = {"peers": options.peers, "redo": options.redo, "measure": not options.kept}
         page, text = layers.PAGE, machine() + "\n\n" + layers.report(**chosen, **peers)
         if not options.write:
             print(text)

@@ -5,7 +5,7 @@ docs/validation/layers.md. Each row runs in a process of its own, pinned to one 
 in .cache/layers, so that a run that was stopped goes on where it was; `--redo nksolve` measures the
 rows with that in their names again. `--only` takes sizes (`D512`), radii (`rho0.9`), `float32`,
 `float64`, `joint`, `per-sample`, spectra (`symmetric`, `outliers`, `disc`), and parts of the names
-of rows (`Anderson`).
+of rows (`Anderson`). `--kept` makes the tables of what is kept, and measures nothing.
 """
 
 import dataclasses
@@ -82,13 +82,18 @@ def report(
     families: Sequence[str] = tuple(FAMILIES),
     store: Path = STORE,
     limit: float = 30.0,
+    measure: bool = True,
 ) -> str:
-    """All tables of the cases chosen, from the store where it has them."""
+    """All tables of the cases chosen, from the store where it has them; without `measure`, of what
+    it has."""
     chosen, names = select(cases(small=small), only)
     ask = dict(repeats=repeats, budget=budget, limit=limit)
     kept = _read(store, redo)
     results: dict[Case, dict[str, dict[str, Any]]] = {}
     missing: dict[str, str] = {}
+    if not measure:
+        results = {case: _kept_rows(kept, case, names) for case in chosen}
+        chosen = []
     for case in chosen:
         cells.cell(case.size, case.rho, case.spectrum, store)
         taken = results.setdefault(case, {})
@@ -112,7 +117,18 @@ def report(
                 taken[row] = kept[key]
                 print(_line(key, taken[row]), flush=True)
     notes = [f"Left out: {family}, which this environment lacks." for family in missing]
+    results = {case: rows for case, rows in results.items() if rows}
     return "\n\n".join([_versions(peers, missing), *notes, *tables(results)])
+
+
+def _kept_rows(
+    kept: dict[str, dict[str, Any]], case: Case, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The rows of a case that the store has."""
+    end = f" | {cells.name(case.size, case.rho, case.spectrum)} | {case.dtype} | {case.mode}"
+    rows = {key.removesuffix(end): result for key, result in kept.items() if key.endswith(end)}
+    wanted = lambda row: not names or any(name.lower() in row.lower() for name in names)
+    return {row: result for row, result in rows.items() if wanted(row)}
 
 
 def select(every: Sequence[Case], only: Sequence[str]) -> tuple[list[Case], list[str]]:

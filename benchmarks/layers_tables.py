@@ -62,7 +62,8 @@ def _cell(result: dict[str, Any] | None) -> str:
     if result is None:
         return ""
     if result.get("failure"):
-        return str(result["failure"]).replace("|", "/")
+        text = str(result["failure"]).replace("|", "/")
+        return text if len(text) <= 40 else f"{text.partition(':')[0]}"
     return f"{_ms(result['seconds'])} ({result['gradient_error']:.0e})"
 
 

@@ -19,7 +19,7 @@ from ..adjoint.base import anchored, stop_gradient
 from ..linearise.linearisation import linearise
 from ..linearise.views import shifted
 from ..rule import ForwardRule
-from ..typing import Flag, Scalar, Vector
+from ..typing import Flag, Scalar, ScalarLike, Vector
 from .linear import AbstractStageLinear
 
 
@@ -30,7 +30,7 @@ class Increment(eqx.Module):
     args: Any
     control: Any
 
-    def __call__(self, t: Scalar, z: Vector) -> Vector:
+    def __call__(self, t: ScalarLike, z: Vector) -> Vector:
         return self.terms.vf_prod(t, z, self.args, self.control)
 
 
@@ -38,7 +38,7 @@ class Explicit(eqx.Module):
     """What a stage was solved from."""
 
     base: Vector
-    t: Scalar
+    t: ScalarLike
     increment: Increment
 
 

@@ -64,7 +64,7 @@ class AbstractESDIRK(AbstractStiffSolver):
     explicit_lower: ClassVar[np.ndarray | None] = None
 
     def increments(
-        self, terms: Any, args: Args, t0: Scalar, t1: Scalar
+        self, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike
     ) -> tuple[Increment, Increment | None]:
         """(what is implicit, what is explicit) of a step."""
         return Increment(terms, args, terms.contr(t0, t1)), None

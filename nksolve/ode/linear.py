@@ -18,7 +18,7 @@ from ..linearise.views import divided, scaled, times
 from ..newton.preconditioning import carried_arrays, refreshed
 from ..precondition.base import Identity
 from ..precondition.lagged import Lagged
-from ..typing import Args, Count, Flag, Scalar, Vector
+from ..typing import Args, Count, Flag, Scalar, ScalarLike, Vector
 
 
 class Stage(NamedTuple):
@@ -31,8 +31,8 @@ class Stage(NamedTuple):
     - `args`: those of `diffeqsolve`.
     """
 
-    t: Scalar
-    gamma: Scalar
+    t: ScalarLike
+    gamma: ScalarLike
     args: Args
 
 

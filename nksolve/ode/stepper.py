@@ -43,7 +43,7 @@ class AbstractStiffSolver(dfx.AbstractImplicitSolver, dfx.AbstractAdaptiveSolver
         return jnp.maximum(wanted.astype(dtype), least)
 
 
-def linearised(increment: Increment, t: Scalar, y: Vector) -> Linearisation:
+def linearised(increment: Increment, t: ScalarLike, y: Vector) -> Linearisation:
     """F(t, ·) at y, for what finds stages: not differentiated."""
     increment, t, y = stop_gradient((increment, t, y))
     return linearise(lambda z, _: increment(t, z), y)

@@ -32,7 +32,11 @@ class Tableau(NamedTuple):
         assert np.array_equal(published.b_sol, [*published.a_lower[-1], diagonal[1]])
         c = np.append(published.c1, published.c)
         return cls(
-            c, square(published.a_lower, s), square(predictor, s), published.b_error, diagonal[1]
+            c,
+            square(published.a_lower, s),
+            square(predictor, s),
+            published.b_error,
+            float(diagonal[1]),
         )
 
 

@@ -1,7 +1,6 @@
 """The stiff problems are those whose end values they carry: SciPy gets there."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate as spi

@@ -13,6 +13,7 @@ except ImportError as error:
     ) from error
 
 from .implicit_euler import ImplicitEuler as ImplicitEuler
+from .kencarp import KenCarp3 as KenCarp3, KenCarp4 as KenCarp4, KenCarp5 as KenCarp5
 from .kvaerno import Kvaerno3 as Kvaerno3, Kvaerno4 as Kvaerno4, Kvaerno5 as Kvaerno5
 from .linear import Stage as Stage
 from .newton import SimplifiedNewton as SimplifiedNewton

@@ -21,7 +21,7 @@ from .attach import Explicit, Increment, attach
 from .linear import Stage, nothing_carried, prepare
 from .newton import SimplifiedNewton, check_tolerances, solve_stage
 from .stepper import AbstractStiffSolver, check_state, linearised, result_of
-from .tableau import Tableau
+from .tableau import ExplicitTableau, Tableau
 from .work import Work
 
 
@@ -61,7 +61,7 @@ class AbstractESDIRK(AbstractStiffSolver):
     adjoint_rtol: ScalarLike | None = eqx.field(static=True, default=None)
 
     tableau: AbstractClassVar[Tableau]
-    explicit_lower: ClassVar[np.ndarray | None] = None
+    explicit_tableau: ClassVar[ExplicitTableau | None] = None
 
     def increments(
         self, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike
@@ -157,7 +157,8 @@ class AbstractESDIRK(AbstractStiffSolver):
 
         s = len(tableau.c)
         none = jtu.tree_map(lambda x: jnp.zeros((s, *jnp.shape(x)), x.dtype), y0)
-        explicit_lower = tableau.lower if self.explicit_lower is None else self.explicit_lower
+        other = self.explicit_tableau
+        explicit_lower = np.zeros((s, s)) if other is None else other.lower
         rows = (
             jnp.arange(s),
             jnp.asarray(tableau.c, jnp.result_type(t0)),
@@ -177,14 +178,16 @@ class AbstractESDIRK(AbstractStiffSolver):
             z=y0,
         )
         end, _ = lax.scan(one_stage, start, rows)
-        error = combined(jnp.asarray(tableau.b_error, dtype), end.ks)
-        if explicit:
-            error = tree.add(error, combined(jnp.asarray(tableau.b_error, dtype), end.explicit_ks))
+        y1, b_error = end.z, jnp.asarray(tableau.b_error, dtype)
+        error = combined(b_error, end.ks)
+        if other is not None:
+            y1 = tree.add(y1, combined(jnp.asarray(other.closing, dtype), end.explicit_ks))
+            error = tree.add(error, combined(b_error, end.explicit_ks))
         error = jtu.tree_map(lambda e: jnp.where(end.ok, e, jnp.inf), error)
         work = end.work.plus(Work.of(num_convergence_failures=tree.count(~end.ok)))
         state = ESDIRKState(jnp.array(False), prepared.carried, solver_state.work.plus(work))
-        dense = self.dense_info(y0, end.z, end.ks, end.explicit_ks)
-        return end.z, error, dense, state, result_of(end.ok)
+        dense = self.dense_info(y0, y1, end.ks, end.explicit_ks)
+        return y1, error, dense, state, result_of(end.ok)
 
 
 def combined(weights: Array, ks: Vector) -> Vector:

@@ -40,6 +40,23 @@ class Tableau(NamedTuple):
         )
 
 
+class ExplicitTableau(NamedTuple):
+    """The explicit half of an additive method, on the same stages.
+
+    z_i gets Σ_{j<i} lower_ij k_j of the explicit terms' k_j, and the step's end Σ_i closing_i k_i
+    more than the last stage has.
+    """
+
+    lower: Float[np.ndarray, "s s"]
+    closing: Float[np.ndarray, " s"]
+
+    @classmethod
+    def of(cls, published: dfx.ButcherTableau) -> "ExplicitTableau":
+        """Diffrax's."""
+        lower = square(published.a_lower, published.num_stages)
+        return cls(lower, published.b_sol - lower[-1])
+
+
 def square(rows: tuple[np.ndarray, ...], s: int) -> np.ndarray:
     """Rows of lengths 1, 2, … below a first one of zeros."""
     full = np.zeros((s, s))

@@ -17,4 +17,6 @@ from .kencarp import KenCarp3 as KenCarp3, KenCarp4 as KenCarp4, KenCarp5 as Ken
 from .kvaerno import Kvaerno3 as Kvaerno3, Kvaerno4 as Kvaerno4, Kvaerno5 as Kvaerno5
 from .linear import Stage as Stage
 from .newton import SimplifiedNewton as SimplifiedNewton
+from .root_finder import StageNewtonKrylov as StageNewtonKrylov
+from .stats import WithStats as WithStats, format_stats as format_stats
 from .work import Work as Work

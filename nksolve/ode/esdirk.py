@@ -20,6 +20,7 @@ from ..typing import Args, Flag, Scalar, ScalarLike, Vector
 from .attach import Explicit, Increment, attach
 from .linear import Stage, nothing_carried, prepare
 from .newton import SimplifiedNewton, check_tolerances, solve_stage
+from .step_size import asking
 from .stepper import AbstractStiffSolver, check_state, linearised, result_of
 from .tableau import ExplicitTableau, Tableau
 from .work import Work
@@ -39,6 +40,7 @@ class _Stages(NamedTuple):
     ks: Vector  # (s, …): k_i so far
     explicit_ks: Vector  # of the explicit terms, where there are any
     rate: Scalar
+    contraction: Scalar  # the largest of a stage
     ok: Flag
     work: Work
     workspace: Any
@@ -118,18 +120,20 @@ class AbstractESDIRK(AbstractStiffSolver):
         )
 
         def one_stage(at: _Stages, row: Any) -> tuple[_Stages, None]:
-            i, c, lower, explicit_lower, predictor = row
+            i, c, lower, explicit_lower, guess, explicit_guess = row
             is_first = i == 0
             t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
             base = tree.add(y0, combined(lower, at.ks))
             base = tree.add(base, combined(explicit_lower, at.explicit_ks)) if explicit else base
-            now, start, ks = stop_gradient((t, base, at.ks))
+            near = combined(guess, at.ks)
+            near = tree.add(near, combined(explicit_guess, at.explicit_ks)) if explicit else near
+            now, start, near = stop_gradient((t, base, near))
             found = solve_stage(
                 self.root_finder,
                 lambda z: frozen(now, z),
                 prepared.linear,
                 start,
-                tree.scale(gamma, combined(predictor, ks)),
+                near,
                 gamma,
                 scale,
                 rate=at.rate,
@@ -151,9 +155,16 @@ class AbstractESDIRK(AbstractStiffSolver):
                 linear=prepared.linear,
             )
             explicit_ks = put(at.explicit_ks, i, explicit(t, z)) if explicit else at.explicit_ks
-            work = at.work.plus(found.work)
-            ks = put(at.ks, i, k)
-            return _Stages(ks, explicit_ks, found.rate, ok, work, found.workspace, z), None
+            return _Stages(
+                ks=put(at.ks, i, k),
+                explicit_ks=explicit_ks,
+                rate=found.rate,
+                contraction=jnp.maximum(at.contraction, found.contraction),
+                ok=ok,
+                work=at.work.plus(found.work),
+                workspace=found.workspace,
+                z=z,
+            ), None
 
         s = len(tableau.c)
         none = jtu.tree_map(lambda x: jnp.zeros((s, *jnp.shape(x)), x.dtype), y0)
@@ -162,12 +173,21 @@ class AbstractESDIRK(AbstractStiffSolver):
         rows = (
             jnp.arange(s),
             jnp.asarray(tableau.c, jnp.result_type(t0)),
-            *(jnp.asarray(a, dtype) for a in (tableau.lower, explicit_lower, tableau.predictor)),
+            *(
+                jnp.asarray(a, dtype)
+                for a in (
+                    tableau.lower,
+                    explicit_lower,
+                    tableau.guess(tableau.lower),
+                    tableau.guess(explicit_lower),
+                )
+            ),
         )
         start = _Stages(
             ks=none,
             explicit_ks=none if explicit else None,
             rate=jnp.ones((), dtype),
+            contraction=jnp.zeros((), dtype),
             ok=jnp.array(True),
             work=Work.of(
                 num_fn_evals=1,
@@ -183,7 +203,14 @@ class AbstractESDIRK(AbstractStiffSolver):
         if other is not None:
             y1 = tree.add(y1, combined(jnp.asarray(other.closing, dtype), end.explicit_ks))
             error = tree.add(error, combined(b_error, end.explicit_ks))
-        error = jtu.tree_map(lambda e: jnp.where(end.ok, e, jnp.inf), error)
+        error = asking(
+            self.root_finder,
+            error,
+            scale,
+            contraction=end.contraction,
+            converged=end.ok,
+            error_order=float(self.error_order(terms)),
+        )
         work = end.work.plus(Work.of(num_convergence_failures=tree.count(~end.ok)))
         state = ESDIRKState(jnp.array(False), prepared.carried, solver_state.work.plus(work))
         dense = self.dense_info(y0, y1, end.ks, end.explicit_ks)

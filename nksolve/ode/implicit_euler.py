@@ -20,7 +20,6 @@ class ImplicitEuler(AbstractESDIRK):
     tableau: ClassVar[Tableau] = Tableau(
         c=np.array([0.0, 1.0]),
         lower=np.zeros((2, 2)),
-        predictor=np.array([[0.0, 0.0], [1.0, 0.0]]),
         b_error=np.array([-0.5, 0.5]),
         gamma=1.0,
     )

@@ -91,6 +91,7 @@ class StageSolution(NamedTuple):
     w: Vector  # z − base
     norm: Scalar  # ‖Δw‖ of the last iteration
     rate: Scalar  # θ/(1 − θ) as last measured, at most 1; that of the stage before at first
+    contraction: Scalar  # the largest θ measured, 0 where there was none
     count: Any
     converged: Flag
     diverged: Flag
@@ -121,6 +122,7 @@ def solve_stage(
         w=guess,
         norm=jnp.ones((), dtype),
         rate=rate,
+        contraction=jnp.zeros((), dtype),
         count=jnp.zeros((), jnp.int32),
         converged=~wanted,
         diverged=jnp.zeros_like(wanted),
@@ -148,6 +150,7 @@ def solve_stage(
             w=tree.sub(at.w, step.value),
             norm=norm,
             rate=jnp.where(first, at.rate, jnp.minimum(eta, jnp.ones((), dtype))),
+            contraction=jnp.where(first, at.contraction, jnp.maximum(at.contraction, theta)),
             count=at.count + 1,
             converged=converged,
             diverged=~converged & (hopeless | ~jnp.isfinite(norm)),

@@ -10,13 +10,11 @@ from jaxtyping import Float
 class Tableau(NamedTuple):
     """An ESDIRK method: explicit first stage, one γ, and the last stage is the step's end.
 
-    z_i = y0 + Σ_{j<i} lower_ij k_j + γ k_i. `predictor` gives a first guess γ k_i ≈ γ Σ_j p_ij k_j,
-    and b_error the error estimate Σ_i b_error_i k_i.
+    z_i = y0 + Σ_{j<i} lower_ij k_j + γ k_i, and the error estimate is Σ_i b_error_i k_i.
     """
 
     c: Float[np.ndarray, " s"]
     lower: Float[np.ndarray, "s s"]
-    predictor: Float[np.ndarray, "s s"]
     b_error: Float[np.ndarray, " s"]
     gamma: float
 
@@ -24,9 +22,8 @@ class Tableau(NamedTuple):
     def of(cls, published: dfx.ButcherTableau) -> "Tableau":
         """Diffrax's."""
         s = published.num_stages
-        diagonal, predictor = published.a_diagonal, published.a_predictor
+        diagonal = published.a_diagonal
         assert diagonal is not None
-        assert predictor is not None
         assert diagonal[0] == 0
         assert (diagonal[1:] == diagonal[1]).all()
         assert np.array_equal(published.b_sol, [*published.a_lower[-1], diagonal[1]])
@@ -34,10 +31,32 @@ class Tableau(NamedTuple):
         return cls(
             c,
             square(published.a_lower, s),
-            square(predictor, s),
             published.b_error,
             float(diagonal[1]),
         )
+
+    def guess(self, lower: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "s s"]:
+        """Weights g with Σ_j g_ij k_j the first guess of z_i − y0 − Σ_j lower_ij k_j.
+
+        z_i is taken from the polynomial through the last stages before it, of degree 3 at most. Not
+        from the k_j, as an explicit method would: k_1 = h f(y0) magnifies by h/ε what y0 is off a
+        manifold of relaxation time ε, and an iteration begun so far away diverges.
+        """
+        weights = np.stack([self._extrapolation(i) for i in range(len(self.c))])
+        own = self.gamma * np.eye(len(self.c)) if lower is self.lower else 0.0
+        full = lower + own
+        full[0] = 0.0
+        return weights @ full - lower
+
+    def _extrapolation(self, i: int) -> Float[np.ndarray, " s"]:
+        """Weights of z_1 … z_{i−1} in the polynomial at c_i through the nearest four of them."""
+        places = {c: j for j, c in enumerate(self.c[:i])}  # the later of two with the same c
+        nodes = sorted(places, key=lambda c: abs(c - self.c[i]))[:4]
+        weights = np.zeros(len(self.c))
+        for c in nodes:
+            others = [(self.c[i] - o) / (c - o) for o in nodes if o != c]
+            weights[places[c]] = np.prod(others)
+        return weights
 
 
 class ExplicitTableau(NamedTuple):

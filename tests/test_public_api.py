@@ -7,12 +7,18 @@ import types
 import pytest
 
 import nksolve
+import nksolve.ode
 
-_PUBLIC = sorted(
-    name
-    for name, value in vars(nksolve).items()
-    if not name.startswith("_") and not isinstance(value, types.ModuleType)
-)
+
+def _names(module):
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    )
+
+
+_PUBLIC = _names(nksolve)
 # Distributions that `import nksolve` may not need, by the module that each one installs.
 _BLOCKED = (
     "asdex",
@@ -40,9 +46,12 @@ def test_there_are_public_names():
     assert {"GMRES", "NewtonKrylov", "root_find"} <= set(_PUBLIC)
 
 
-@pytest.mark.parametrize("name", _PUBLIC)
-def test_public_names_have_a_docstring(name):
-    value = getattr(nksolve, name)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module in (nksolve, nksolve.ode) for name in _names(module)],
+)
+def test_public_names_have_a_docstring(module, name):
+    value = getattr(module, name)
     doc = value.__doc__ if callable(value) or isinstance(value, type) else "a constant"
     # A dataclass without a docstring is given its signature for one.
     assert doc and doc.strip() and not doc.startswith(f"{name}(")

@@ -16,7 +16,14 @@ from .implicit_euler import ImplicitEuler as ImplicitEuler
 from .kencarp import KenCarp3 as KenCarp3, KenCarp4 as KenCarp4, KenCarp5 as KenCarp5
 from .kvaerno import Kvaerno3 as Kvaerno3, Kvaerno4 as Kvaerno4, Kvaerno5 as Kvaerno5
 from .linear import Stage as Stage
+from .mass import consistent as consistent
 from .newton import SimplifiedNewton as SimplifiedNewton
 from .root_finder import StageNewtonKrylov as StageNewtonKrylov
+from .rosenbrock import (
+    ROK4 as ROK4,
+    Rodas4 as Rodas4,
+    Rodas5P as Rodas5P,
+    Rosenbrock23 as Rosenbrock23,
+)
 from .stats import WithStats as WithStats, format_stats as format_stats
 from .work import Work as Work

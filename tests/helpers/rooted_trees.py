@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nksolve.ode.rosenbrock_tableau import RowForm
+from nksolve.ode.rosenbrock.tableau import RowForm
 
 
 class Tree(NamedTuple):

@@ -58,11 +58,11 @@ class AbstractESDIRK(AbstractStiffSolver):
     cancellation that h f would bring (Hairer & Wanner II, §IV.8).
     """
 
+    tableau: AbstractClassVar[Tableau]
     linear_solver: AbstractKrylovSolver = AutoLinear()
     root_finder: SimplifiedNewton = SimplifiedNewton()
     adjoint_rtol: ScalarLike | None = eqx.field(static=True, default=None)
 
-    tableau: AbstractClassVar[Tableau]
     explicit_tableau: ClassVar[ExplicitTableau | None] = None
 
     def increments(
@@ -209,7 +209,7 @@ class AbstractESDIRK(AbstractStiffSolver):
             scale,
             contraction=end.contraction,
             converged=end.ok,
-            error_order=float(self.error_order(terms)),
+            error_order=self.error_order(terms),
         )
         work = end.work.plus(Work.of(num_convergence_failures=tree.count(~end.ok)))
         state = ESDIRKState(jnp.array(False), prepared.carried, solver_state.work.plus(work))

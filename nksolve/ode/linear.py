@@ -167,7 +167,7 @@ def prepare(
     fresh = refreshed(kept, carried, operator, y, stage, is_first=is_first, needed=needed)
     linear = KrylovStageLinear(operator, fresh.operator, solver, scale, adjoint_rtol)
     carried = fresh.after(kept, jnp.zeros((), jnp.int32), needed)
-    return Prepared(*stop_gradient((linear, carried)), fresh.updated)
+    return Prepared(stop_gradient(linear), stop_gradient(carried), fresh.updated)
 
 
 def nothing_carried(

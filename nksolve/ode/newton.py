@@ -13,12 +13,12 @@ from diffrax import AbstractSolver, with_stepsize_controller_tols
 from .. import tree
 from ..linearise.views import divided
 from ..loops import any_lane
-from ..typing import Flag, Norm, Scalar, ScalarLike, Vector
+from ..typing import Count, Flag, Norm, Scalar, ScalarLike, Vector
 from .linear import AbstractStageLinear
 from .work import Work
 
 # Diffrax puts its controller's tolerances where a root finder holds this.
-_CONTROLLERS = with_stepsize_controller_tols(optx.Chord)().rtol
+CONTROLLERS = with_stepsize_controller_tols(optx.Chord)().rtol
 
 
 class SimplifiedNewton(eqx.Module):
@@ -43,11 +43,28 @@ class SimplifiedNewton(eqx.Module):
     Source: Hairer & Wanner, Solving Ordinary Differential Equations II, 2nd ed., §IV.8.
     """
 
-    rtol: ScalarLike = _CONTROLLERS
-    atol: ScalarLike = _CONTROLLERS
-    norm: Norm = _CONTROLLERS
-    kappa: ScalarLike = 1e-2
-    max_steps: int = eqx.field(static=True, default=10)
+    rtol: ScalarLike
+    atol: ScalarLike
+    norm: Norm
+    kappa: ScalarLike
+    max_steps: int = eqx.field(static=True)
+    #: Whether the tolerances are the step size controller's, so that it can be told what to do.
+    is_controlled: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        rtol: ScalarLike = CONTROLLERS,
+        atol: ScalarLike = CONTROLLERS,
+        norm: Norm = CONTROLLERS,
+        kappa: ScalarLike = 1e-2,
+        max_steps: int = 10,
+    ):
+        self.rtol = rtol
+        self.atol = atol
+        self.norm = norm
+        self.kappa = kappa
+        self.max_steps = max_steps
+        self.is_controlled = all(value is CONTROLLERS for value in (rtol, atol, norm))
 
     def __check_init__(self):
         if self.max_steps < 1:
@@ -83,6 +100,36 @@ class SimplifiedNewton(eqx.Module):
             return jnp.broadcast_to(allowed, x.shape).astype(size.dtype)
 
         return jtu.tree_map(one, y)
+
+
+class Verdict(NamedTuple):
+    """On an iteration."""
+
+    quotient: Scalar  # θ/(1 − θ)
+    converged: Flag
+    diverged: Flag
+
+
+def judge(
+    norm: Scalar,
+    previous: Scalar,
+    *,
+    count: Count,
+    max_steps: int,
+    target: Scalar,
+    floor: Scalar,
+    first_quotient: Scalar,
+) -> Verdict:
+    """The verdict on iteration number `count` (from 0) from ‖Δw‖ and that of the one before."""
+    theta = norm / previous
+    quotient = jnp.where(theta < 1, theta / (1 - theta), jnp.inf)
+    quotient = jnp.where(count == 0, first_quotient, quotient)
+    finite = jnp.isfinite(norm)
+    converged = finite & ((quotient * norm <= target) | (norm <= floor))
+    left = (max_steps - 1 - count).astype(norm.dtype)
+    hopeless = (theta >= 1) | (theta**left * quotient * norm > target)
+    hopeless = jnp.where(count == 0, left <= 0, hopeless)
+    return Verdict(quotient, converged, ~converged & (hopeless | ~finite))
 
 
 class StageSolution(NamedTuple):
@@ -139,21 +186,24 @@ def solve_stage(
         tolerance = jnp.where(active, 0.05 * target, jnp.inf)
         step, workspace = linear.correction(r, tolerance, at.workspace)
         norm = norm_of(step.value)
+        verdict = judge(
+            norm,
+            at.norm,
+            count=at.count,
+            max_steps=newton.max_steps,
+            target=target,
+            floor=floor,
+            first_quotient=jnp.maximum(at.rate, 1e-10) ** 0.8,
+        )
         first = at.count == 0
-        theta = norm / at.norm
-        eta = jnp.where(theta < 1, theta / (1 - theta), jnp.inf)
-        eta = jnp.where(first, jnp.maximum(at.rate, 1e-10) ** 0.8, eta)
-        converged = jnp.isfinite(norm) & ((eta * norm <= target) | (norm <= floor))
-        left = (newton.max_steps - 1 - at.count).astype(dtype)
-        hopeless = ~first & ((theta >= 1) | (theta**left * eta * norm > target))
         new = StageSolution(
             w=tree.sub(at.w, step.value),
             norm=norm,
-            rate=jnp.where(first, at.rate, jnp.minimum(eta, jnp.ones((), dtype))),
-            contraction=jnp.where(first, at.contraction, jnp.maximum(at.contraction, theta)),
+            rate=jnp.where(first, at.rate, jnp.minimum(verdict.quotient, jnp.ones((), dtype))),
+            contraction=jnp.maximum(at.contraction, jnp.where(first, 0.0, norm / at.norm)),
             count=at.count + 1,
-            converged=converged,
-            diverged=~converged & (hopeless | ~jnp.isfinite(norm)),
+            converged=verdict.converged,
+            diverged=verdict.diverged,
             work=at.work.plus(
                 Work.of(
                     num_fn_evals=1,
@@ -171,7 +221,7 @@ def solve_stage(
 
 def check_tolerances(newton: SimplifiedNewton, solver: AbstractSolver) -> None:
     """Raises where the tolerances were to be the controller's and Diffrax brought none."""
-    if newton.rtol is _CONTROLLERS or newton.atol is _CONTROLLERS or newton.norm is _CONTROLLERS:
+    if newton.rtol is CONTROLLERS or newton.atol is CONTROLLERS or newton.norm is CONTROLLERS:
         raise ValueError(
             f"{type(solver).__name__} has no tolerances: Diffrax hands on those of an adaptive "
             "step size controller in `diffeqsolve`. With constant steps, or outside "

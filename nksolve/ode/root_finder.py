@@ -21,7 +21,7 @@ from ..linearise.views import divided, shifted
 from ..precondition.base import join, split
 from ..typing import Count, Flag, Norm, Scalar, ScalarLike, Vector
 from .linear import KrylovStageLinear, Stage
-from .newton import _CONTROLLERS, SimplifiedNewton
+from .newton import CONTROLLERS, SimplifiedNewton, judge
 from .relations import AbstractRelation, IncrementMap, relation_of
 
 
@@ -95,9 +95,9 @@ class StageNewtonKrylov(optx.AbstractRootFinder):
     Source: Hairer & Wanner, Solving Ordinary Differential Equations II, 2nd ed., §IV.8.
     """
 
-    rtol: ScalarLike = _CONTROLLERS
-    atol: ScalarLike = _CONTROLLERS
-    norm: Norm = _CONTROLLERS
+    rtol: ScalarLike = CONTROLLERS
+    atol: ScalarLike = CONTROLLERS
+    norm: Norm = CONTROLLERS
     linear_solver: AbstractKrylovSolver = AutoLinear()
     kappa: ScalarLike = 1e-2
     max_steps: int = eqx.field(static=True, default=10)
@@ -174,7 +174,7 @@ class StageNewtonKrylov(optx.AbstractRootFinder):
         tags: frozenset[object],
     ) -> tuple[Any, StageState, Any]:
         del options, tags
-        if self.rtol is _CONTROLLERS or self.atol is _CONTROLLERS or self.norm is _CONTROLLERS:
+        if self.rtol is CONTROLLERS or self.atol is CONTROLLERS or self.norm is CONTROLLERS:
             raise ValueError(
                 "StageNewtonKrylov has no tolerances: Diffrax hands on those of an adaptive step "
                 "size controller in `diffeqsolve`. With constant steps, or outside `diffeqsolve`, "
@@ -205,15 +205,16 @@ class StageNewtonKrylov(optx.AbstractRootFinder):
         norm = self.norm(divided(dw, scale)).astype(dtype)
         floor = 4 * tree.eps(z) * self.norm(divided(z, scale)).astype(dtype)
         target = jnp.maximum(kappa, floor)
-        first = state.count == 0
-        theta = norm / state.norm
-        eta = jnp.where(theta < 1, theta / (1 - theta), jnp.inf)
-        eta = jnp.where(first, jnp.ones_like(eta), eta)
-        finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm2(r))
-        converged = finite & ((eta * norm <= target) | (norm <= floor) | is_explicit)
-        left = (self.max_steps - 1 - state.count).astype(dtype)
-        hopeless = (theta >= 1) | (theta**left * eta * norm > target)
-        hopeless = jnp.where(first, left <= 0, hopeless)
+        verdict = judge(
+            jnp.where(jnp.isfinite(tree.norm2(r)), norm, jnp.nan),
+            state.norm,
+            count=state.count,
+            max_steps=self.max_steps,
+            target=target,
+            floor=floor,
+            first_quotient=jnp.ones_like(norm),
+        )
+        converged = verdict.converged | (is_explicit & jnp.isfinite(norm))
         new = StageState(
             kept=state.kept,
             inverse=state.inverse,
@@ -221,7 +222,7 @@ class StageNewtonKrylov(optx.AbstractRootFinder):
             count=state.count + 1,
             norm=norm,
             converged=converged,
-            diverged=~converged & (hopeless | ~finite),
+            diverged=verdict.diverged & ~converged,
         )
         return tree.sub(y, dx), new, aux
 

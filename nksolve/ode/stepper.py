@@ -62,5 +62,5 @@ def check_state(y: Y) -> None:
 
 def result_of(successful: Any) -> dfx.RESULTS:
     """Diffrax's code; with an adaptive controller a failed step is merely rejected."""
-    results = dfx.RESULTS
+    results: Any = dfx.RESULTS
     return results.where(successful, results.successful, results.nonlinear_divergence)

@@ -234,7 +234,7 @@ def _laplacian(u: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def _kept(name: str) -> np.ndarray:
-    with (resources.files(__package__) / "data" / f"{name}.npz").open("rb") as file:
+    with (resources.files("nksolve.problems") / "data" / f"{name}.npz").open("rb") as file:
         return np.load(file)["y"]
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.core
 import jax.extend.core as jec
 import jax.interpreters.ad as ad
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .loops import create_vprim
@@ -68,7 +69,7 @@ class _Call:
 
     def tangents(self, primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
         """(outputs, their tangents) by the rule."""
-        leaves = primals[self._num_consts :]
+        leaves = [jnp.asarray(x) for x in primals[self._num_consts :]]
         moved = [None if type(t) is ad.Zero else t for t in tangents[self._num_consts :]]
         args, keywords = eqx.combine(jtu.tree_unflatten(self._treedef, leaves), self._static)
         t_args, _ = jtu.tree_unflatten(self._treedef, moved)
@@ -105,7 +106,10 @@ def _transpose(*_, **__):
     raise NotImplementedError("A function with a forward rule is not linear.")
 
 
-_with_rule = create_vprim("with_rule", _impl, _abstract_eval, _jvp, _transpose)
+#: The primitive's name.
+NAME = "with_rule"
+
+_with_rule = create_vprim(NAME, _impl, _abstract_eval, _jvp, _transpose)
 _with_rule.def_effectful_abstract_eval(
     lambda *leaves, jaxpr, call: (_abstract_eval(*leaves, jaxpr=jaxpr, call=call), jaxpr.effects)
 )

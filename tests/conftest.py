@@ -7,6 +7,15 @@ from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
 
+# Compilation is nearly all that the tests spend. LLVM without optimisation and XLA's plain emitters
+# make it several times cheaper and change results by rounding alone; counters and traces stay the
+# same. What looks into a compiled program asks for `tests.helpers.AS_SHIPPED`.
+_CHEAP_COMPILATION = (
+    " --xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
+
 # Subprocesses (examples, the import test) inherit these; in this process jax reads them on import.
 # A value that the caller has set is kept, so that the same tests can run on another backend.
 _ENVIRONMENT = {
@@ -25,6 +34,8 @@ _ENVIRONMENT = {
 }
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set its environment")
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+    _ENVIRONMENT["XLA_FLAGS"] += _CHEAP_COMPILATION
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
@@ -45,15 +56,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("nksolve")
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not walk it again and again; nor need it
+    run after every 700 of the many objects that tracing makes."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 _MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_programs():
     """Each compiled program is mapped into memory several times over, and Linux allows 65,530
-    mappings: XLA dies beyond. Drops the programs of earlier modules where many have gathered."""
+    mappings: XLA dies beyond. Drops the programs of earlier modules where many have gathered,
+    which at this number hold about 3 GB."""
     yield
-    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
         gc.collect()
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from tests.helpers import (
+    AS_SHIPPED,
     GALLERY,
     Counter,
     collectives,
@@ -408,13 +409,13 @@ def test_collectives_in_and_out_of_loops():
         body = lambda carry: (carry[0] + 1, carry[1] / jnp.sqrt(jnp.vdot(carry[1], carry[1])))
         return jax.lax.while_loop(lambda c: c[0] < trips, body, (jnp.array(0), y / scale))[1]
 
-    found = collectives(jax.jit(run).lower(y, jnp.array(3)).compile().as_text())
+    found = collectives(jax.jit(run).lower(y, jnp.array(3)).compile(AS_SHIPPED).as_text())
     assert [c.kind for c in found] == ["all-reduce"] * 2
     assert sorted(c.in_loop for c in found) == [False, True]
     assert all(c.shapes == (((), "f64"),) for c in found)
 
     gathered = jax.jit(lambda y: jax.lax.with_sharding_constraint(y, NamedSharding(mesh, P())))
-    found = collectives(gathered.lower(y).compile().as_text())
+    found = collectives(gathered.lower(y).compile(AS_SHIPPED).as_text())
     assert [(c.kind, c.shapes[0].shape, c.in_loop) for c in found] == [("all-gather", (32,), False)]
 
 

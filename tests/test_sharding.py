@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import nksolve as nks
-from tests.helpers import collectives
+from tests.helpers import AS_SHIPPED, collectives
 
 N = 1024
 RESTART = 30
@@ -60,7 +60,7 @@ def _placed(inputs, devices, spec):
 @pytest.mark.parametrize("name", list(TRANSFORMS))
 def test_coupled_over_devices(name, devices):
     placed = _placed(ARGS, devices, P("x"))
-    compiled = jax.jit(TRANSFORMS[name]).lower(placed).compile()
+    compiled = jax.jit(TRANSFORMS[name]).lower(placed).compile(AS_SHIPPED)
     out = jax.tree.leaves(compiled(placed))
     for leaf, alone in zip(out, jax.tree.leaves(reference(name)), strict=True):
         np.testing.assert_allclose(np.asarray(leaf), alone, rtol=1e-8, atol=1e-10)
@@ -120,7 +120,7 @@ def test_stencil_exchanges_halos(transform):
     b = jnp.sin(i * 2.0) * jnp.cos(j)
     alone = jax.jit(transform)(b)
     placed = _placed(b, 8, P("x", None))
-    compiled = jax.jit(transform).lower(placed).compile()
+    compiled = jax.jit(transform).lower(placed).compile(AS_SHIPPED)
     out = compiled(placed)
     np.testing.assert_allclose(np.asarray(out), alone, rtol=1e-7, atol=1e-9)
     assert out.sharding.shard_shape(out.shape) == (GRID[0] // 8, GRID[1])

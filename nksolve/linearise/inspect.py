@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from .. import rule
 from ..typing import Vector, Y
 from .policies import AbstractPolicy
 
@@ -144,7 +145,7 @@ def _check_transposable(jaxpr: jec.Jaxpr, num_unknowns: int, policy: AbstractPol
 #: Zero derivative with an inexact result.
 _FLAT = frozenset({"sign", "floor", "ceil", "round", "stop_gradient"})
 #: Have a derivative rule of their own, also where they hold a jaxpr.
-_OWN_RULE = frozenset({"custom_jvp_call", "custom_linear_solve", "linear_solve"})
+_OWN_RULE = frozenset({rule.NAME, "custom_jvp_call", "custom_linear_solve", "linear_solve"})
 
 
 class _Walk:

@@ -3,6 +3,7 @@
 from .counting import Count as Count, Counter as Counter
 from .gallery import GALLERY as GALLERY, Case as Case
 from .hlo import (
+    AS_SHIPPED as AS_SHIPPED,
     Collective as Collective,
     collectives as collectives,
     selects_at_least as selects_at_least,

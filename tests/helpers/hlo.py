@@ -1,6 +1,7 @@
 """Read what a jitted function is lowered to (StableHLO) and compiled to (HLO), as text.
 
-`jax.jit(f).lower(x).as_text()` gives the first, `….lower(x).compile().as_text()` the second.
+`jax.jit(f).lower(x).as_text()` gives the first, `….lower(x).compile(AS_SHIPPED).as_text()` the
+second.
 Selects that `vmap` puts around the carry of a `while_loop` exist only from the lowering on;
 collectives exist only after XLA's partitioner has run.
 """
@@ -8,6 +9,10 @@ collectives exist only after XLA's partitioner has run.
 import math
 import re
 from typing import NamedTuple
+
+# Compiler options with which HLO and buffers are those that users get. Of what tests/conftest.py
+# sets to make compilation cheap only the emitters act on them, the rest on LLVM.
+AS_SHIPPED = {"xla_cpu_use_fusion_emitters": True}
 
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-zA-Z]\w*(?:<\w+>)?)[,>]")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")

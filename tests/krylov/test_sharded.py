@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import nksolve as nks
-from tests.helpers import collectives
+from tests.helpers import AS_SHIPPED, collectives
 
 
 @pytest.mark.parametrize(("devices", "n"), [(8, 1024), (2, 16384)], ids=["one block", "blocks"])
@@ -31,7 +31,7 @@ def test_sharded(devices, n):
     x, result, matvecs = solve(d, b)
     placed = jax.device_put((d, b), sharding)
     lowered = solve.lower(*placed)
-    compiled = lowered.compile()
+    compiled = lowered.compile(AS_SHIPPED)
     y, sharded_result, sharded_matvecs = compiled(*placed)
     assert bool(result == lx.RESULTS.successful)
     assert bool(sharded_result == lx.RESULTS.successful)

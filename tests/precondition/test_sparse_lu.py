@@ -61,7 +61,8 @@ def _real_matrix(operator):
     like = operator.in_structure()
     units = np.eye(N).astype(like.dtype)
     parts = [units, 1j * units] if np.iscomplexobj(units) else [units]
-    columns = [np.asarray(jax.vmap(operator.mv)(jnp.asarray(part))).T for part in parts]
+    apply = jax.jit(jax.vmap(operator.mv))
+    columns = [np.asarray(apply(jnp.asarray(part))).T for part in parts]
     columns = np.concatenate(columns, axis=1)
     rows = [columns.real, columns.imag] if np.iscomplexobj(columns) else [columns]
     return np.concatenate(rows, axis=0)

@@ -1,4 +1,4 @@
-"""Every example runs, at its small size."""
+"""Every example runs, at its small size. `.ci/run` has a stage of its own for them."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ _EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 _TEST_ONLY = ("JAX_ENABLE_X64", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", _EXAMPLES, ids=lambda p: p.stem)
 def test_example(path, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in _TEST_ONLY}

@@ -12,6 +12,11 @@ except ImportError as error:
         "`pip install 'nksolve[ode]'`."
     ) from error
 
+from .bdf import (
+    BDF as BDF,
+    BDFController as BDFController,
+    BDFInterpolation as BDFInterpolation,
+)
 from .implicit_euler import ImplicitEuler as ImplicitEuler
 from .kencarp import KenCarp3 as KenCarp3, KenCarp4 as KenCarp4, KenCarp5 as KenCarp5
 from .kvaerno import Kvaerno3 as Kvaerno3, Kvaerno4 as Kvaerno4, Kvaerno5 as Kvaerno5

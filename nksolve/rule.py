@@ -24,7 +24,8 @@ class ForwardRule:
     """`fn(*args, **keywords)` with a rule `rule(args, tangents, **keywords) → (out, out tangents)`.
 
     `None` stands for a tangent that is zero, in what the rule gets and in what it returns. The
-    keywords are not differentiated, nor is what `fn` closes over. Derivatives of the rule are those
+    keywords are not differentiated, nor is what `fn` closes over: a tangent there raises
+    `ValueError`. Derivatives of the rule are those
     of what it computes, so that it calls the function itself for the value.
 
     Used as a decorator; the rule is then given by `def_jvp`.
@@ -58,6 +59,13 @@ class ForwardRule:
         return eqx.combine(jtu.tree_unflatten(treedef_out, out), rest)
 
 
+_CLOSED_OVER = (
+    "A derivative was asked for with respect to a value that a solver, a preconditioner or an "
+    "adjoint holds or closes over, where it is not differentiated. Pass it through `args`, or "
+    "apply `jax.lax.stop_gradient` to it."
+)
+
+
 class _Call:
     """What the rule needs of a call; compared by identity."""
 
@@ -69,10 +77,15 @@ class _Call:
 
     def tangents(self, primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
         """(outputs, their tangents) by the rule."""
+        fixed = tangents[: self._num_consts]
+        if any(type(t) is not ad.Zero for t in fixed):
+            raise ValueError(_CLOSED_OVER)
         leaves = [jnp.asarray(x) for x in primals[self._num_consts :]]
         moved = [None if type(t) is ad.Zero else t for t in tangents[self._num_consts :]]
         args, keywords = eqx.combine(jtu.tree_unflatten(self._treedef, leaves), self._static)
-        t_args, _ = jtu.tree_unflatten(self._treedef, moved)
+        t_args, t_keywords = jtu.tree_unflatten(self._treedef, moved)
+        if jtu.tree_leaves(t_keywords):
+            raise ValueError(_CLOSED_OVER)
         out, t_out = self._rule(args, t_args, **keywords)
         out, treedef = jtu.tree_flatten(eqx.filter(out, eqx.is_array))
         t_out = treedef.flatten_up_to(t_out)

@@ -49,17 +49,27 @@ def test_vmap():
     np.testing.assert_allclose(jax.grad(summed)(xs), [1 / 3, 1 / 12, 1 / 27])
 
 
-def test_what_is_closed_over_is_not_differentiated():
+def _shifted_by(a):
     @ForwardRule
     def shifted(x, *, by):
-        return x + by + np.float64(2.0)
+        return x + by + a + np.float64(2.0)
 
     @shifted.def_jvp
     def _(primals, tangents, *, by):
         return shifted(primals[0], by=by), tangents[0]
 
-    value, slope = jax.jvp(lambda a: shifted(3.0 * a, by=a), (X,), (jnp.ones(()),))
-    assert (value, slope) == (110.0, 3.0)
+    return shifted
+
+
+def test_what_is_held_is_not_differentiated_and_that_is_said():
+    stop = jax.lax.stop_gradient
+    fn = lambda a: _shifted_by(stop(a))(3.0 * a, by=stop(a))
+    value, slope = jax.jvp(fn, (X,), (jnp.ones(()),))
+    assert (value, slope) == (137.0, 3.0)
+    with pytest.raises(ValueError, match="stop_gradient"):
+        jax.grad(lambda a: _shifted_by(a)(3.0 * a, by=stop(a)))(X)
+    with pytest.raises(ValueError, match="stop_gradient"):
+        jax.grad(lambda a: _shifted_by(stop(a))(3.0 * a, by=a))(X)
 
 
 def test_a_tangent_that_is_zero_is_none():

@@ -7,6 +7,7 @@ stage itself, from one linearisation there, so that the derivative of a step is 
 discrete equations. An explicit stage is the same with γ = 0: z = base.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -19,19 +20,25 @@ from ..adjoint.base import anchored, stop_gradient
 from ..linearise.linearisation import linearise
 from ..linearise.views import shifted
 from ..rule import ForwardRule
-from ..typing import Flag, Scalar, ScalarLike, Vector
+from ..typing import Args, Flag, Scalar, ScalarLike, Vector
 from .linear import AbstractStageLinear
 
 
 class Increment(eqx.Module):
-    """F(t, z) = f(t, z, args) · control, which for an ODE is h f, with all it depends on."""
+    """F(t, z) = f(t, z, args) · control, which for an ODE is h f, with all it depends on as leaves,
+    what the terms close over included."""
 
-    terms: Any
-    args: Any
-    control: Any
+    fn: Callable[[ScalarLike, Vector], Vector]
+
+    @classmethod
+    def of(cls, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike, y0: Vector) -> "Increment":
+        """That of a step from t0 to t1, which begins at y0."""
+        control = terms.contr(t0, t1)
+        fn = lambda t, z: terms.vf_prod(t, z, args, control)
+        return cls(eqx.filter_closure_convert(fn, jnp.asarray(t0), y0))
 
     def __call__(self, t: ScalarLike, z: Vector) -> Vector:
-        return self.terms.vf_prod(t, z, self.args, self.control)
+        return self.fn(jnp.asarray(t), z)
 
 
 class Explicit(eqx.Module):

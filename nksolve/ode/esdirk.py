@@ -66,10 +66,10 @@ class AbstractESDIRK(AbstractStiffSolver):
     explicit_tableau: ClassVar[ExplicitTableau | None] = None
 
     def increments(
-        self, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike
+        self, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike, y0: Vector
     ) -> tuple[Increment, Increment | None]:
         """(what is implicit, what is explicit) of a step."""
-        return Increment(terms, args, terms.contr(t0, t1)), None
+        return Increment.of(terms, args, t0, t1, y0), None
 
     def dense_info(
         self, y0: Vector, y1: Vector, ks: Vector, explicit_ks: Vector
@@ -81,7 +81,7 @@ class AbstractESDIRK(AbstractStiffSolver):
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Args) -> ESDIRKState:
         check_state(y0)
-        implicit, _ = self.increments(terms, args, t0, t1)
+        implicit, _ = self.increments(terms, args, t0, t1, y0)
         gamma = jnp.asarray(self.tableau.gamma, tree.real_dtype(y0))
         operator = lambda: shifted(linearised(implicit, t0, y0).operator, gamma)
         stage = Stage(t0, self.tableau.gamma * (t1 - t0), args)
@@ -102,7 +102,7 @@ class AbstractESDIRK(AbstractStiffSolver):
         tableau = self.tableau
         dtype = tree.real_dtype(y0)
         gamma = jnp.asarray(tableau.gamma, dtype)
-        implicit, explicit = self.increments(terms, args, t0, t1)
+        implicit, explicit = self.increments(terms, args, t0, t1, y0)
         frozen, held = stop_gradient((implicit, y0))
 
         # One linearisation, at (t0, y0): its value is the first stage.

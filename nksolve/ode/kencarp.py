@@ -22,12 +22,9 @@ class AbstractKenCarp(AbstractESDIRK):
     term_structure: ClassVar = dfx.MultiTerm[tuple[dfx.AbstractTerm, dfx.AbstractTerm]]
 
     def increments(
-        self, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike
+        self, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike, y0: Vector
     ) -> tuple[Increment, Increment | None]:
-        explicit, implicit = (
-            Increment(term, args, control)
-            for term, control in zip(terms.terms, terms.contr(t0, t1), strict=True)
-        )
+        explicit, implicit = (Increment.of(term, args, t0, t1, y0) for term in terms.terms)
         return implicit, explicit
 
     def dense_info(self, y0: Vector, y1: Vector, ks: Vector, explicit_ks: Vector) -> dict[str, Any]:

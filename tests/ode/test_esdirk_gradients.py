@@ -173,6 +173,27 @@ def test_a_rejected_step_with_nan_inside():
     np.testing.assert_allclose(slope, 3 * 0.25, rtol=1e-4)
 
 
+def test_what_the_terms_close_over_is_differentiated():
+    """y' = −s y with s closed over: y(1) = e^−s."""
+
+    def end(s):
+        sol = dfx.diffeqsolve(
+            dfx.ODETerm(lambda t, y, args: -s * y),
+            ode.Kvaerno3(linear_solver=nks.BandedDirect(block=2)),
+            0.0,
+            1.0,
+            0.1,
+            jnp.array([1.0, 0.5]),
+            stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-6),
+            max_steps=64,
+            adjoint=dfx.ForwardMode(),
+        )
+        return sol.ys[-1, 0]
+
+    slope = jax.jit(lambda s: jax.jvp(end, (s,), (jnp.ones(()),))[1])(jnp.asarray(2.0))
+    np.testing.assert_allclose(slope, -np.exp(-2.0), rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_memory_of_a_gradient():
     """n = 2048 in float32, at most 16 steps: no more than 1.5 MB of temporaries."""

@@ -125,7 +125,7 @@ class BDF(AbstractStiffSolver):
         check_state(y0)
         check_tolerances(self.root_finder, self)
         dtype = tree.real_dtype(y0)
-        increment = Increment(terms, args, terms.contr(t0, t1))
+        increment = Increment.of(terms, args, t0, t1, y0)
         one = jnp.ones((), dtype)
         keeper = self._keeper(increment, t0, t1, y0, one, args)
         zero = jnp.zeros((), jnp.int32)
@@ -152,7 +152,7 @@ class BDF(AbstractStiffSolver):
         check_tolerances(self.root_finder, self)
         before = solver_state
         dtype = tree.real_dtype(y0)
-        increment = Increment(terms, args, terms.contr(t0, t1))
+        increment = Increment.of(terms, args, t0, t1, y0)
         norm_of = lambda v, scale: self.root_finder.norm(divided(v, scale)).astype(dtype)
 
         # What the history says of the step.

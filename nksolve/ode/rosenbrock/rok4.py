@@ -106,7 +106,7 @@ class ROK4(dfx.AbstractAdaptiveSolver):
         dtype = tree.real_dtype(y0)
         t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
         h = t1 - t0
-        increment = Increment(terms, args, terms.contr(t0, t1))
+        increment = Increment.of(terms, args, t0, t1, y0)
         held = stop_gradient((increment, t0, y0))
 
         lin = linearise(lambda z, t: increment(t, z), y0, t0)

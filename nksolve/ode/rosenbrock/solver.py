@@ -86,7 +86,7 @@ class AbstractRosenbrock(AbstractStiffSolver):
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Args) -> RosenbrockState:
         check_state(y0)
         check_mass(self.mass, y0)
-        increment = Increment(terms, args, terms.contr(t0, t1))
+        increment = Increment.of(terms, args, t0, t1, y0)
         gamma = jnp.asarray(self.tableau.gamma, tree.real_dtype(y0))
         operator = lambda: self._matrix(_linearised(increment, t0, y0), gamma)
         stage = Stage(t0, self.tableau.gamma * (t1 - t0), args)
@@ -115,7 +115,7 @@ class AbstractRosenbrock(AbstractStiffSolver):
         t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
         h = t1 - t0
         gamma = jnp.asarray(tableau.gamma, dtype)
-        increment = Increment(terms, args, terms.contr(t0, t1))
+        increment = Increment.of(terms, args, t0, t1, y0)
         frozen, held, t_held, h_held = stop_gradient((increment, y0, t0, h))
         mass = stop_gradient(self.mass)
 

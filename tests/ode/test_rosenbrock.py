@@ -1,8 +1,6 @@
 """Rosenbrock methods in Diffrax: order, stiff problems, derivatives, failures."""
 
 import functools as ft
-import json
-from pathlib import Path
 from typing import Any
 
 import diffrax as dfx
@@ -15,6 +13,7 @@ import pytest
 import nksolve as nks
 from nksolve.ode.newton import SimplifiedNewton
 from nksolve.ode.rosenbrock import ROK4, Rodas4, Rodas5P, Rosenbrock23
+from nksolve.problems.stiff import STIFF
 from tests.helpers import dense_steps, square_values
 
 slowly = ft.partial(pytest.param, marks=pytest.mark.slow)
@@ -115,91 +114,22 @@ def test_order_by_size(size, order, embedded):
 # Stiff problems with published end values
 
 
-def _rober(t, y, args):
-    r1, r2, r3 = 0.04 * y[0], 3e7 * y[1] ** 2, 1e4 * y[1] * y[2]
-    return jnp.stack([r3 - r1, r1 - r3 - r2, r2])
-
-
-def _hires(t, y, args):
-    a = 280.0 * y[5] * y[7]
-    return jnp.stack(
-        [
-            -1.71 * y[0] + 0.43 * y[1] + 8.32 * y[2] + 0.0007,
-            1.71 * y[0] - 8.75 * y[1],
-            -10.03 * y[2] + 0.43 * y[3] + 0.035 * y[4],
-            8.32 * y[1] + 1.71 * y[2] - 1.12 * y[3],
-            -1.745 * y[4] + 0.43 * y[5] + 0.43 * y[6],
-            -a + 0.69 * y[3] + 1.71 * y[4] - 0.43 * y[5] + 0.69 * y[6],
-            a - 1.81 * y[6],
-            -a + 1.81 * y[6],
-        ]
-    )
-
-
-def _orego(t, y, args):
-    s, q, w = 77.27, 8.375e-6, 0.161
-    return jnp.stack(
-        [
-            s * (y[1] + y[0] * (1.0 - q * y[0] - y[1])),
-            (y[2] - (1.0 + y[0]) * y[1]) / s,
-            w * (y[0] - y[2]),
-        ]
-    )
-
-
-def _vdpol(t, y, args):
-    return jnp.stack([y[1], 1000.0 * (1.0 - y[0] ** 2) * y[1] - y[0]])
-
-
-def _bruss(t, y, args):
-    u, v = y[0::2], y[1::2]
-    g = 0.02 * (u.size + 1) ** 2
-
-    def laplacian(w, end):
-        end = jnp.array([end])
-        return jnp.append(w[1:], end) - 2.0 * w + jnp.append(end, w[:-1])
-
-    du = 1.0 + u * u * v - 4.0 * u + g * laplacian(u, 1.0)
-    dv = 3.0 * u - u * u * v + g * laplacian(v, 3.0)
-    return jnp.stack([du, dv], 1).reshape(-1)
-
-
-PROBLEMS = {
-    "ROBER": (_rober, 1e-6),
-    "HIRES": (_hires, 1e-4),
-    "OREGO": (_orego, 1.0),
-    "VDPOL_mu1000": (_vdpol, 1.0),
-    "BRUSS1D": (_bruss, 1.0),
-}
-
-
-@ft.cache
-def _reference(name):
-    folder = next(
-        (p / "shared/refdata/ode" for p in Path(__file__).parents if (p / "shared").is_dir()), None
-    )
-    if folder is None:
-        pytest.skip("the reference data are not here")
-    found = json.loads((folder / "ivp_testset_reference.json").read_text())[name]
-    if name == "BRUSS1D":
-        full = np.load(folder / "bruss1d_N500_t10_full.npz")
-        return full["y0"], 10.0, full["y"]
-    return np.array(found["y0"], float), float(found["t"][1]), np.array(found["yT"])
+NAMES = ("rober", "hires", "orego", "van-der-pol", "brusselator-1d")
 
 
 @ft.cache
 def _solve(solver, name):
-    y0, end, _ = _reference(name)
+    problem = STIFF[name]()
 
     @jax.jit
     def run(rtol, atol):
         return dfx.diffeqsolve(
-            dfx.ODETerm(PROBLEMS[name][0]),
+            dfx.ODETerm(problem.fn),
             solver,
-            0.0,
-            end,
+            *problem.span,
             None,
-            jnp.asarray(y0),
+            problem.y0,
+            problem.args,
             stepsize_controller=dfx.PIDController(rtol=rtol, atol=atol),
             max_steps=40_000,
             throw=False,
@@ -210,16 +140,17 @@ def _solve(solver, name):
 
 def _error(solver, name, rtol):
     """(max |y − ref| / (atol + rtol |ref|), solution)."""
-    atol = PROBLEMS[name][1] * rtol
+    problem = STIFF[name]()
+    atol = problem.atol_factor * rtol
     sol = _solve(solver, name)(rtol, atol)
     assert sol.result == dfx.RESULTS.successful
-    _, _, ref = _reference(name)
-    return np.max(np.abs(np.asarray(sol.ys[-1]) - ref) / (atol + rtol * np.abs(ref))), sol
+    allowed = atol + rtol * np.abs(problem.end)
+    return np.max(np.abs(np.asarray(sol.ys[-1]) - problem.end) / allowed), sol
 
 
 @pytest.mark.parametrize(
     ("solver_cls", "name", "rtols", "steps"),
-    [(Rodas5P, "ROBER", (1e-4, 1e-6), (130, 270)), (Rodas4, "HIRES", (1e-4, 1e-6), (90, 360))],
+    [(Rodas5P, "rober", (1e-4, 1e-6), (130, 270)), (Rodas4, "hires", (1e-4, 1e-6), (90, 360))],
 )
 def test_stiff(solver_cls, name, rtols, steps):
     """ROBER at 1e-4 is lost without refinement of the band's elimination: w = 746."""
@@ -231,24 +162,24 @@ def test_stiff(solver_cls, name, rtols, steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rtol", [1e-4, 1e-6, 1e-8])
-@pytest.mark.parametrize("name", list(PROBLEMS))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("solver_cls", [Rodas4, Rodas5P])
 def test_stiff_table(solver_cls, name, rtol):
     assert _error(solver_cls(), name, rtol)[0] < 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(PROBLEMS))
+@pytest.mark.parametrize("name", NAMES)
 def test_stiff_table_of_rosenbrock23(name):
     """A step of order 2 under an error estimate of order 3: the error at the end goes with the
     power 2/3 of the tolerance, so that w grows tenfold for each 1e-3 of it."""
     loose, tight = (_error(Rosenbrock23(), name, rtol)[0] for rtol in (1e-4, 1e-6))
-    assert loose < (300 if name == "OREGO" else 22)
+    assert loose < (300 if name == "orego" else 22)
     assert tight < 10 * max(loose, 1.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["HIRES", "OREGO", "VDPOL_mu1000"])
+@pytest.mark.parametrize("name", ["hires", "orego", "van-der-pol"])
 def test_rok4_where_it_can(name):
     """Not ROBER, whose steps stay near 1e-3 of the others', nor BRUSS-1D."""
     for rtol in (1e-4, 1e-6, 1e-8):

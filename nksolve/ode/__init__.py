@@ -23,6 +23,7 @@ from .kvaerno import Kvaerno3 as Kvaerno3, Kvaerno4 as Kvaerno4, Kvaerno5 as Kva
 from .linear import Stage as Stage
 from .mass import consistent as consistent
 from .newton import SimplifiedNewton as SimplifiedNewton
+from .preconditioner import StagePreconditioner as StagePreconditioner
 from .root_finder import StageNewtonKrylov as StageNewtonKrylov
 from .rosenbrock import (
     ROK4 as ROK4,

@@ -25,8 +25,8 @@ class ForwardRule:
 
     `None` stands for a tangent that is zero, in what the rule gets and in what it returns. The
     keywords are not differentiated, nor is what `fn` closes over: a tangent there raises
-    `ValueError`. Derivatives of the rule are those
-    of what it computes, so that it calls the function itself for the value.
+    `ValueError`. Derivatives of the rule are those of what it computes, so that it calls the
+    function itself for the value.
 
     Used as a decorator; the rule is then given by `def_jvp`.
     """
@@ -116,6 +116,7 @@ def _jvp(primals, tangents, *, jaxpr, call):
 
 
 def _transpose(*_, **__):
+    # Never reached by reverse mode, which transposes what the rule computes with the tangents.
     raise NotImplementedError("A function with a forward rule is not linear.")
 
 

@@ -1,5 +1,6 @@
 """ESDIRK methods: one linearisation serves all stages of a step and all their iterations."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax as dfx
@@ -64,6 +65,12 @@ class AbstractESDIRK(AbstractStiffSolver):
     adjoint_rtol: ScalarLike | None = eqx.field(static=True, default=None)
 
     explicit_tableau: ClassVar[ExplicitTableau | None] = None
+    term_structure: ClassVar = dfx.AbstractTerm
+    interpolation_cls: ClassVar[Callable[..., Any]] = dfx.ThirdOrderHermitePolynomialInterpolation
+
+    def order(self, terms: Any) -> int:
+        del terms
+        return self.tableau.order
 
     def increments(
         self, terms: Any, args: Args, t0: ScalarLike, t1: ScalarLike, y0: Vector
@@ -178,8 +185,8 @@ class AbstractESDIRK(AbstractStiffSolver):
                 for a in (
                     tableau.lower,
                     explicit_lower,
-                    tableau.guess(tableau.lower),
-                    tableau.guess(explicit_lower),
+                    tableau.guess(tableau.lower, tableau.gamma),
+                    tableau.guess(explicit_lower, 0.0),
                 )
             ),
         )

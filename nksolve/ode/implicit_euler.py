@@ -22,13 +22,9 @@ class ImplicitEuler(AbstractESDIRK):
         lower=np.zeros((2, 2)),
         b_error=np.array([-0.5, 0.5]),
         gamma=1.0,
+        order=1,
     )
-    term_structure: ClassVar = dfx.AbstractTerm
     interpolation_cls: ClassVar[Callable[..., Any]] = dfx.LocalLinearInterpolation
-
-    def order(self, terms: Any) -> int:
-        del terms
-        return 1
 
     def error_order(self, terms: Any) -> float:
         del terms

@@ -38,15 +38,11 @@ class KenCarp3(AbstractKenCarp):
     equations, Appl. Numer. Math. 44, 2003, coefficients and interpolant as in Diffrax.
     """
 
-    tableau: ClassVar[Tableau] = Tableau.of(dfx.KenCarp3.tableau.tableaus[1])
+    tableau: ClassVar[Tableau] = Tableau.of(dfx.KenCarp3.tableau.tableaus[1], 3)
     explicit_tableau: ClassVar[ExplicitTableau] = ExplicitTableau.of(
         dfx.KenCarp3.tableau.tableaus[0]
     )
     interpolation_cls: ClassVar[Callable[..., Any]] = dfx.KenCarp3.interpolation_cls
-
-    def order(self, terms: Any) -> int:
-        del terms
-        return 3
 
 
 class KenCarp4(AbstractKenCarp):
@@ -56,15 +52,11 @@ class KenCarp4(AbstractKenCarp):
     equations, Appl. Numer. Math. 44, 2003, coefficients and interpolant as in Diffrax.
     """
 
-    tableau: ClassVar[Tableau] = Tableau.of(dfx.KenCarp4.tableau.tableaus[1])
+    tableau: ClassVar[Tableau] = Tableau.of(dfx.KenCarp4.tableau.tableaus[1], 4)
     explicit_tableau: ClassVar[ExplicitTableau] = ExplicitTableau.of(
         dfx.KenCarp4.tableau.tableaus[0]
     )
     interpolation_cls: ClassVar[Callable[..., Any]] = dfx.KenCarp4.interpolation_cls
-
-    def order(self, terms: Any) -> int:
-        del terms
-        return 4
 
 
 class KenCarp5(AbstractKenCarp):
@@ -74,12 +66,8 @@ class KenCarp5(AbstractKenCarp):
     equations, Appl. Numer. Math. 44, 2003, coefficients and interpolant as in Diffrax.
     """
 
-    tableau: ClassVar[Tableau] = Tableau.of(dfx.KenCarp5.tableau.tableaus[1])
+    tableau: ClassVar[Tableau] = Tableau.of(dfx.KenCarp5.tableau.tableaus[1], 5)
     explicit_tableau: ClassVar[ExplicitTableau] = ExplicitTableau.of(
         dfx.KenCarp5.tableau.tableaus[0]
     )
     interpolation_cls: ClassVar[Callable[..., Any]] = dfx.KenCarp5.interpolation_cls
-
-    def order(self, terms: Any) -> int:
-        del terms
-        return 5

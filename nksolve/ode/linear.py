@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import lineax as lx
-from equinox import AbstractVar
 
 from .. import tree
 from ..adjoint.base import stop_gradient
@@ -50,8 +49,6 @@ class AbstractStageLinear(eqx.Module):
     `correction` serves Newton's iteration, `solve` and `solve_transposed` the derivatives: they are
     for the W of another point, that of a converged stage.
     """
-
-    operator: AbstractVar[lx.AbstractLinearOperator]
 
     @abc.abstractmethod
     def workspace(self) -> Any:
@@ -111,6 +108,12 @@ class KrylovStageLinear(AbstractStageLinear):
         return self.solver.workspace(tree.zeros_like(self.operator.in_structure()), real=True)
 
     def correction(self, r: Vector, tolerance: Scalar, workspace: Any) -> tuple[Correction, Any]:
+        return self.measured(r, tolerance, workspace)[1:]
+
+    def measured(
+        self, r: Vector, tolerance: Scalar, workspace: Any
+    ) -> tuple[Scalar, Correction, Any]:
+        """The weighted root-mean-square norm of r − W d, and the correction d."""
         state = KrylovState(scaled(self.operator, self.scale), scaled(self.inverse, self.scale))
         size = jnp.sqrt(jnp.asarray(float(max(tree.size(r), 1)), tolerance.dtype))
         out = self.solver.run(
@@ -124,7 +127,8 @@ class KrylovStageLinear(AbstractStageLinear):
         # convergence.
         value = tree.axpy(0.0, r, times(out.value, self.scale))
         counts = out.num_matvecs, out.num_preconditioner_applications
-        return Correction(value, *counts), out.workspace
+        norm = out.residual_norm.astype(size.dtype) / size
+        return norm, Correction(value, *counts), out.workspace
 
     def at(self, operator: lx.AbstractLinearOperator, z: Vector) -> KrylovState:
         del z

@@ -17,10 +17,11 @@ class Tableau(NamedTuple):
     lower: Float[np.ndarray, "s s"]
     b_error: Float[np.ndarray, " s"]
     gamma: float
+    order: int
 
     @classmethod
-    def of(cls, published: dfx.ButcherTableau) -> "Tableau":
-        """Diffrax's."""
+    def of(cls, published: dfx.ButcherTableau, order: int) -> "Tableau":
+        """Diffrax's, of that order."""
         s = published.num_stages
         diagonal = published.a_diagonal
         assert diagonal is not None
@@ -33,18 +34,19 @@ class Tableau(NamedTuple):
             square(published.a_lower, s),
             published.b_error,
             float(diagonal[1]),
+            order,
         )
 
-    def guess(self, lower: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "s s"]:
-        """Weights g with Σ_j g_ij k_j the first guess of z_i − y0 − Σ_j lower_ij k_j.
+    def guess(self, lower: Float[np.ndarray, "s s"], diagonal: float) -> Float[np.ndarray, "s s"]:
+        """Weights g with Σ_j g_ij k_j the first guess of z_i − y0 − Σ_j lower_ij k_j, for the k_j
+        that enter z_i with `lower` and, in its own place, `diagonal`.
 
         z_i is taken from the polynomial through the last stages before it, of degree 3 at most. Not
         from the k_j, as an explicit method would: k_1 = h f(y0) magnifies by h/ε what y0 is off a
         manifold of relaxation time ε, and an iteration begun so far away diverges.
         """
         weights = np.stack([self._extrapolation(i) for i in range(len(self.c))])
-        own = self.gamma * np.eye(len(self.c)) if lower is self.lower else 0.0
-        full = lower + own
+        full = lower + diagonal * np.eye(len(self.c))
         full[0] = 0.0
         return weights @ full - lower
 

@@ -17,7 +17,7 @@ from ...loops import any_lane
 from ...precondition.base import AbstractPreconditioner, Identity, Skeleton, join, split
 from ...precondition.lagged import Lagged
 from ...typing import Flag, Scalar, Vector
-from ..linear import AbstractStageLinear, Correction, KrylovStageLinear, Stage
+from ..linear import AbstractStageLinear, Correction, KrylovStageLinear, Stage, lagged
 
 Operator = Callable[[], lx.AbstractLinearOperator]
 
@@ -33,7 +33,6 @@ class OldFactors(AbstractStageLinear):
     Source: Hindmarsh et al., SUNDIALS, ACM Trans. Math. Softw. 31 (2005), section 2.1.
     """
 
-    operator: Any  # W itself is not known, only its factors: None
     inverse: lx.AbstractLinearOperator
     solver: AbstractDirect
     stage: Stage
@@ -119,7 +118,7 @@ class Keeper:
         if isinstance(self.solver, AbstractDirect):
             ratio = jnp.asarray(self._stage.gamma).astype(state.gamma.dtype) / state.gamma
             factor = jnp.where(jnp.isfinite(ratio), 2 / (1 + ratio), 1)
-            linear = OldFactors(None, inverse, self.solver, self._stage, factor)
+            linear = OldFactors(inverse, self.solver, self._stage, factor)
         else:
             linear = KrylovStageLinear(
                 self._operator(), inverse, self.solver, self._scale, self._adjoint_rtol
@@ -158,10 +157,10 @@ def kept_preconditioner(solver: AbstractKrylovSolver) -> AbstractPreconditioner:
     kept = solver.preconditioner
     if not kept.is_rebuilt or isinstance(kept, Identity):
         return kept
+    if not isinstance(solver, AbstractDirect):
+        return lagged(solver).preconditioner
     gamma = lambda y, stage: stage.gamma
-    if isinstance(solver, AbstractDirect):
-        return Lagged(kept, max_age=50, shift=gamma, max_shift_change=FACTORS_CHANGE)
-    return Lagged(kept, max_age=20, shift=gamma)
+    return Lagged(kept, max_age=50, shift=gamma, max_shift_change=FACTORS_CHANGE)
 
 
 def _updates_by_init(preconditioner: AbstractPreconditioner) -> bool:

@@ -9,13 +9,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from equinox import AbstractVar
 
 from ... import tree
 from ...adjoint.base import stop_gradient
-from ...krylov.base import AbstractKrylovSolver
 from ...krylov.system import KrylovState
-from ...linearise.views import divided, scaled, times
+from ...linearise.views import divided
 from ...loops import any_lane
 from ...typing import Count, Flag, Scalar, Vector
 from ..linear import AbstractStageLinear, DirectStageLinear, KrylovStageLinear
@@ -37,8 +35,10 @@ class Solved(NamedTuple):
 class AbstractTightLinear(eqx.Module):
     """W of a step with what solves with it, for all stages and their derivatives."""
 
-    operator: AbstractVar[lx.AbstractLinearOperator]
-    inverse: AbstractVar[lx.AbstractLinearOperator]
+    @property
+    @abc.abstractmethod
+    def state(self) -> KrylovState:
+        """W with its inverse or preconditioner."""
 
     @abc.abstractmethod
     def workspace(self) -> Any:
@@ -54,8 +54,7 @@ class AbstractTightLinear(eqx.Module):
 
     def derivative(self, b: Vector, *, transposed: bool) -> Vector:
         """W⁻¹ b or W⁻ᵀ b, to the tolerance of derivatives."""
-        state = KrylovState(self.operator, self.inverse)
-        return self.tight(state.transpose() if transposed else state, b)
+        return self.tight(self.state.transpose() if transposed else self.state, b)
 
 
 class RefinedLinear(AbstractTightLinear):
@@ -69,13 +68,16 @@ class RefinedLinear(AbstractTightLinear):
     inverse: lx.AbstractLinearOperator
     scale: Vector
 
+    @property
+    def state(self) -> KrylovState:
+        return KrylovState(self.operator, self.inverse)
+
     def workspace(self) -> Any:
         return None
 
     def solve(self, r: Vector, tolerance: Scalar, workspace: Any) -> Solved:
         norm = lambda v: weighted_norm(v, self.scale).astype(tolerance.dtype)
-        state = KrylovState(self.operator, self.inverse)
-        x, rest, num = _refined(state, r, norm, tolerance)
+        x, rest, num = _refined(self.state, r, norm, tolerance)
         ok = all_finite(x) & (norm(rest) <= FAILED * tolerance)
         return Solved(x, ok, num, num, workspace)
 
@@ -85,45 +87,32 @@ class RefinedLinear(AbstractTightLinear):
 
 
 class KrylovLinear(AbstractTightLinear):
-    """By a Krylov method with the step's preconditioner, in the units of the error weights; a
-    derivative to `adjoint_rtol` relative to its right-hand side."""
+    """By a Krylov method with the step's preconditioner, as stages of other methods are solved."""
 
-    operator: lx.AbstractLinearOperator
-    inverse: lx.AbstractLinearOperator
-    solver: AbstractKrylovSolver
-    scale: Vector
-    adjoint_rtol: Scalar
+    stage_linear: KrylovStageLinear
+
+    @property
+    def state(self) -> KrylovState:
+        return KrylovState(self.stage_linear.operator, self.stage_linear.inverse)
 
     def workspace(self) -> Any:
-        return self.solver.workspace(tree.zeros_like(self.operator.in_structure()), real=True)
+        return self.stage_linear.workspace()
 
     def solve(self, r: Vector, tolerance: Scalar, workspace: Any) -> Solved:
-        state = KrylovState(scaled(self.operator, self.scale), scaled(self.inverse, self.scale))
-        size = jnp.sqrt(jnp.asarray(float(max(tree.size(r), 1)), tolerance.dtype))
-        b = divided(r, self.scale)
-        out = self.solver.run(state, b, tolerance=tolerance * size, real=True, workspace=workspace)
-        # A Krylov method answers a right-hand side with NaN by zero.
-        x = tree.axpy(0.0, r, times(out.value, self.scale))
-        rest = out.residual_norm.astype(size.dtype) / size
-        ok = all_finite(x) & (rest <= FAILED * tolerance)
-        counts = out.num_matvecs, out.num_preconditioner_applications
-        return Solved(x, ok, *counts, out.workspace)
+        norm, found, workspace = self.stage_linear.measured(r, tolerance, workspace)
+        ok = all_finite(found.value) & (norm <= FAILED * tolerance)
+        return Solved(found.value, ok, found.num_matvecs, found.num_applications, workspace)
 
     def tight(self, state: KrylovState, b: Vector) -> Vector:
-        norm = tree.norm2(b)
-        tolerance = self.adjoint_rtol.astype(norm.dtype) * norm
-        return self.solver.run(state, b, tolerance=tolerance, real=True, norm=norm).value
+        return self.stage_linear.tight(state, b)
 
 
-def tight_linear(
-    linear: AbstractStageLinear, scale: Vector, adjoint_rtol: Scalar
-) -> AbstractTightLinear:
+def tight_linear(linear: AbstractStageLinear, scale: Vector) -> AbstractTightLinear:
     """For the linear solves that were prepared."""
     if isinstance(linear, DirectStageLinear):
         return stop_gradient(RefinedLinear(linear.operator, linear.inverse, scale))
     assert isinstance(linear, KrylovStageLinear)
-    found = KrylovLinear(linear.operator, linear.inverse, linear.solver, scale, adjoint_rtol)
-    return stop_gradient(found)
+    return KrylovLinear(linear)
 
 
 def _refined(

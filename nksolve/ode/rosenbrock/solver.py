@@ -132,7 +132,7 @@ class AbstractRosenbrock(AbstractStiffSolver):
             is_first=solver_state.is_first | made_jump,
             adjoint_rtol=self.derivative_tolerance(y0),
         )
-        linear = tight_linear(prepared.linear, scale, self.derivative_tolerance(y0))
+        linear = tight_linear(prepared.linear, scale)
         # Below the rounding of y there is nothing to gain.
         floor = 4 * tree.eps(y0) * weighted_norm(held, scale)
         tolerance = jnp.maximum(1e-2 * jnp.asarray(self.root_finder.kappa).astype(dtype), floor)

@@ -43,7 +43,11 @@ from .krylov.auto import AutoLinear as AutoLinear
 from .krylov.base import AbstractKrylovSolver as AbstractKrylovSolver
 from .krylov.bicgstab import BiCGStab as BiCGStab
 from .krylov.cg import CG as CG, SteihaugResult as SteihaugResult
-from .krylov.direct import BandedDirect as BandedDirect, SparseDirect as SparseDirect
+from .krylov.direct import (
+    BandedDirect as BandedDirect,
+    DenseDirect as DenseDirect,
+    SparseDirect as SparseDirect,
+)
 from .krylov.fgmres import FGMRES as FGMRES
 from .krylov.gcrodr import GCRODR as GCRODR
 from .krylov.gmres import GMRES as GMRES
@@ -153,6 +157,7 @@ from .precondition.cycle import (
     WCycle as WCycle,
 )
 from .precondition.deflation import Deflation as Deflation, DeflationOf as DeflationOf
+from .precondition.dense import Dense as Dense
 from .precondition.elimination import (
     AbstractElimination as AbstractElimination,
     CyclicReduction as CyclicReduction,

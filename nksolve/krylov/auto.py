@@ -11,7 +11,7 @@ from ..precondition.auto import Auto, Seen, look, pick
 from ..typing import Args, Scalar, ScalarLike, Vector, Y
 from .base import AbstractKrylovSolver
 from .cg import CG
-from .direct import BandedDirect, SparseDirect
+from .direct import BandedDirect, DenseDirect, SparseDirect
 from .gmres import GMRES
 from .system import KrylovResult, KrylovState, LinearSystem
 
@@ -28,6 +28,7 @@ class AutoLinear(AbstractKrylovSolver):
 
     In this order, the first that applies:
 
+    - `nks.DenseDirect` with at most 16 unknowns, real ones;
     - `nks.BandedDirect` where J has at most 33 diagonals (unknowns node after node);
     - `nks.SparseDirect` where J has at most 60 entries a row and 20,000 unknowns, on a CPU with
       klujax;
@@ -66,6 +67,8 @@ class AutoLinear(AbstractKrylovSolver):
 
     def _pick(self, seen: Seen) -> tuple[AbstractKrylovSolver, str]:
         preconditioner, reason = pick(seen)
+        if seen.is_small:
+            return DenseDirect(self.rtol, self.atol), f"DenseDirect: {reason}"
         if seen.is_banded:
             assert seen.band is not None
             lower, upper = seen.band

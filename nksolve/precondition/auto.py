@@ -15,9 +15,12 @@ from ..linearise.sparsity import Pattern, find_pattern
 from ..typing import Args, Y
 from .banded import Banded, bandwidth_along_line
 from .base import AbstractPreconditioner, Identity
+from .dense import Dense
 from .jacobi import Jacobi
 from .sparse_lu import SparseLU
 
+#: So few unknowns make a dense matrix.
+MAX_DENSE = 16
 #: A band of so many diagonals at most is eliminated.
 MAX_DIAGONALS = 33
 #: A sparse factorisation fills in: for so many unknowns at most, and so many entries a row.
@@ -33,8 +36,14 @@ class Seen(NamedTuple):
     pattern: Pattern | None
     note: str  # of the pattern, or why there is none
     band: tuple[int, int] | None  # half-bandwidths with the unknowns node after node
+    is_real: bool
     can_factor: bool  # by KLU, here
     definite: bool  # tagged so
+
+    @property
+    def is_small(self) -> bool:
+        """Whether to invert J."""
+        return self.is_real and 0 < self.n <= MAX_DENSE
 
     @property
     def is_banded(self) -> bool:
@@ -57,6 +66,7 @@ class Auto(AbstractPreconditioner):
 
     In this order, the first that applies:
 
+    - `nks.Dense` with at most 16 unknowns, real ones: M is J then;
     - `nks.Banded` where J has at most 33 diagonals (unknowns node after node): M is J then;
     - `nks.SparseLU` where J has at most 60 entries a row and 20,000 unknowns, on a CPU with klujax;
     - `nks.Jacobi`, its diagonal by coloured matvecs, where J is sparse;
@@ -108,6 +118,8 @@ def look(operator: Callable[[], lx.AbstractLinearOperator], pattern: Pattern | N
 
 def pick(seen: Seen) -> tuple[AbstractPreconditioner, str]:
     """The preconditioner, and why."""
+    if seen.is_small:
+        return Dense(), f"{seen.n} unknowns"
     if seen.is_banded:
         assert seen.band is not None
         return Banded(*seen.band), f"{seen.note}, {sum(seen.band) + 1} diagonals"
@@ -121,14 +133,15 @@ def pick(seen: Seen) -> tuple[AbstractPreconditioner, str]:
 def _look(operator: lx.AbstractLinearOperator, pattern: Pattern | None) -> Seen:
     structure = operator.in_structure()
     n = tree.size(structure)
+    dtypes = {np.dtype(leaf.dtype).kind for leaf in jtu.tree_leaves(structure)}
+    is_real = dtypes <= {"f"}
     note = ""
-    if pattern is None:
+    if pattern is None and not (is_real and n <= MAX_DENSE):
         pattern, note = _found(operator, n)
     band = None
     if pattern is not None:
         note = f"{n} unknowns with {pattern.nnz / max(n, 1):.1f} entries a row"
         band = _band(pattern, structure)
-    dtypes = {np.dtype(leaf.dtype).kind for leaf in jtu.tree_leaves(structure)}
     return Seen(
         n=n,
         pattern=pattern,
@@ -140,6 +153,7 @@ def _look(operator: lx.AbstractLinearOperator, pattern: Pattern | None) -> Seen:
             and bool(jax.config.jax_enable_x64)  # pyright: ignore
             and len(dtypes) == 1
         ),
+        is_real=is_real,
         definite=lx.is_positive_semidefinite(operator) or lx.is_negative_semidefinite(operator),
     )
 

@@ -43,6 +43,16 @@ def test_picks_by_the_pattern():
     assert isinstance(nks.Auto().chosen(lambda: square, None, None), nks.SparseLU)
 
 
+def test_few_unknowns_are_a_dense_matrix():
+    """Also without asdex, and where the leaves lie along no line; complex ones are left alone."""
+    y = {"a": jnp.ones(()), "b": jnp.ones(3)}
+    operator = nks.linearise(lambda v, _: {"a": v["a"] ** 2, "b": v["b"] * v["a"]}, y).operator
+    assert nks.AutoLinear(1e-7).chosen(lambda: operator, None, None) == nks.DenseDirect(1e-7)
+    assert _why(nks.Auto(), operator) == "Dense: 4 unknowns"
+    complexly = nks.linearise(lambda v, _: v * v, jnp.ones(4, jnp.complex128)).operator
+    assert not isinstance(nks.Auto().chosen(lambda: complexly, None, None), nks.Dense)
+
+
 def test_two_fields_along_a_line_are_a_band():
     y = {"u": jnp.ones(30), "v": jnp.ones(30)}
     operator = nks.linearise(_pair, y).operator

@@ -11,7 +11,7 @@ import pytest
 
 import nksolve as nks
 from nksolve import tree
-from nksolve.krylov.direct import BandedDirect, SparseDirect
+from nksolve.krylov.direct import BandedDirect, DenseDirect, SparseDirect
 from nksolve.krylov.richardson import Richardson
 from nksolve.linearise.sparsity import Pattern
 from nksolve.problems import registry
@@ -32,6 +32,7 @@ SOLVERS = {
     "banded": BandedDirect(rtol=1e-12),
     "banded-given": BandedDirect(rtol=1e-12, lower=2, upper=1),
     "block": BandedDirect(rtol=1e-12, block=2),
+    "dense": DenseDirect(rtol=1e-12),
 }
 _solvers = pytest.mark.parametrize("name", SOLVERS)
 

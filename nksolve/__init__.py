@@ -114,19 +114,34 @@ from .newton.convergence import (
     AbstractConvergenceTest as AbstractConvergenceTest,
     ResidualTest as ResidualTest,
 )
+from .newton.critical_point import CriticalPoint as CriticalPoint
 from .newton.forcing import (
     AbstractForcing as AbstractForcing,
     ConstantForcing as ConstantForcing,
     EisenstatWalker1 as EisenstatWalker1,
     EisenstatWalker2 as EisenstatWalker2,
 )
-from .newton.line_search import (
+from .newton.globalisation import (
     AbstractGlobalisation as AbstractGlobalisation,
+    Judgement as Judgement,
+    Model as Model,
+    Trial as Trial,
+)
+from .newton.hookstep import Hookstep as Hookstep
+from .newton.line_search import (
     Backtracking as Backtracking,
+    Damped as Damped,
     FullStep as FullStep,
     Parabolic as Parabolic,
 )
 from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
+from .newton.non_monotone import NonMonotone as NonMonotone
+from .newton.pseudo_transient import (
+    SER as SER,
+    TTE as TTE,
+    AbstractStepRule as AbstractStepRule,
+    PseudoTransient as PseudoTransient,
+)
 from .newton.recording import Recorded as Recorded
 from .newton.report import StepReport as StepReport
 from .newton.reuse import (
@@ -134,6 +149,7 @@ from .newton.reuse import (
     KeepLinearisation as KeepLinearisation,
     Relinearise as Relinearise,
 )
+from .newton.trust_region import AbstractTrustRegion as AbstractTrustRegion, Dogleg as Dogleg
 from .precondition.algebraic_multigrid import AlgebraicMultigrid as AlgebraicMultigrid
 from .precondition.auto import Auto as Auto
 from .precondition.banded import Banded as Banded

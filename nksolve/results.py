@@ -51,6 +51,11 @@ class REASONS(Enumeration):  # pyright: ignore[reportGeneralTypeIssues]
         "The residual is NaN or infinite at the initial point, or a full step led to such a point. "
         "Check the residual there; a line search (`nks.Backtracking()`) steps back from NaN."
     )
+    trust_region_failed = (
+        "The trust region shrank to nothing: no step, however short, decreased the residual norm "
+        "as the linear model promised. The Jacobian may be wrong, or y is a local minimum of the "
+        "residual norm. Start elsewhere, or try another globalisation."
+    )
 
 
 # The order of the table is the order of the members above.
@@ -65,6 +70,7 @@ _OPTX: tuple[tuple[Any, Any], ...] = (
     (REASONS.diverged, optx.RESULTS.nonlinear_divergence),
     (REASONS.stagnated, optx.RESULTS.stagnation),
     (REASONS.nonfinite, optx.RESULTS.nonfinite),
+    (REASONS.trust_region_failed, optx.RESULTS.nonlinear_divergence),
 )
 
 

@@ -15,7 +15,8 @@ from ..loops import AbstractProgressMeter, NoProgressMeter
 from ..newton.base import AbstractRootFinder
 from ..newton.convergence import AbstractConvergenceTest, ResidualTest
 from ..newton.forcing import AbstractForcing, EisenstatWalker2
-from ..newton.line_search import AbstractGlobalisation, Backtracking
+from ..newton.globalisation import AbstractGlobalisation
+from ..newton.line_search import Backtracking
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.report import StepReport
 from ..newton.state import NewtonState

@@ -1,5 +1,8 @@
 """Views of one linearisation: shifted, and in other units."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
@@ -7,6 +10,9 @@ import numpy as np
 from .. import tree
 from ..typing import Scalar, Vector
 from .operator import AbstractLinearMap, JacobianOperator
+
+#: An axis shorter than this is narrow.
+_NARROW = 16
 
 
 class ShiftedMap(AbstractLinearMap):
@@ -39,6 +45,29 @@ class ScaledMap(AbstractLinearMap):
         return times(self.operator.transpose().mv(divided(vector, self.scale)), self.scale)
 
 
+class SumMap(AbstractLinearMap):
+    """v → A v + c M v."""
+
+    operator: lx.AbstractLinearOperator
+    factor: Scalar
+    mass: Any  # a diagonal like v, an operator, or `None` for the identity
+
+    def mv(self, vector: Vector) -> Vector:
+        return tree.axpy(self.factor, weighted(self.mass, vector), self.operator.mv(vector))
+
+    def transpose_mv(self, vector: Vector) -> Vector:
+        product = self.operator.transpose().mv(vector)
+        return tree.axpy(self.factor, weighted(transposed_mass(self.mass), vector), product)
+
+
+def plus_multiple(
+    operator: lx.AbstractLinearOperator, factor: Scalar, mass: Any = None
+) -> JacobianOperator:
+    """A + c M, on A's linearisation; M is the identity if not given."""
+    structures = operator.in_structure(), operator.out_structure()
+    return JacobianOperator(SumMap(operator, factor, mass), *structures)
+
+
 def shifted(operator: JacobianOperator, gamma: Scalar) -> JacobianOperator:
     """I − γ A, on A's linearisation."""
     structure = operator.in_structure()
@@ -60,4 +89,27 @@ def times(vector: Vector, scale: Vector) -> Vector:
 
 def divided(vector: Vector, scale: Vector) -> Vector:
     """D⁻¹ v."""
-    return jtu.tree_map(lambda x, d: x / d.astype(x.dtype), vector, scale)
+
+    def one(x, d):
+        shape = x.shape
+        if x.ndim > 1 and shape[-1] < _NARROW:
+            # A norm of the quotient over a narrow last axis leaves XLA's fast path on the CPU:
+            # 50 µs in place of 7 for (5000, 2).
+            x, d = x.reshape(-1), jnp.broadcast_to(d, shape).reshape(-1)
+        return (x / d.astype(x.dtype)).reshape(shape)
+
+    return jtu.tree_map(one, vector, scale)
+
+
+def weighted(mass: Any, vector: Vector) -> Vector:
+    """M v for M an operator, a diagonal as a tree like v, or `None` for the identity."""
+    if mass is None:
+        return vector
+    if isinstance(mass, lx.AbstractLinearOperator):
+        return mass.mv(vector)
+    return times(vector, mass)
+
+
+def transposed_mass(mass: Any) -> Any:
+    """Mᵀ of such an M."""
+    return mass.transpose() if isinstance(mass, lx.AbstractLinearOperator) else mass

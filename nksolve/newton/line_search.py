@@ -1,53 +1,17 @@
-"""From the Newton direction to the next trial point: full steps and line searches."""
+"""Line searches: trial points y + λ d along the Newton direction."""
 
-import abc
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from .. import tree
 from ..typing import Flag, Scalar, Vector
-
-_State = TypeVar("_State")
-
-
-class Judgement(NamedTuple):
-    """What a globalisation says of a trial point. Not accepted and not failed: try again."""
-
-    accepted: Flag
-    failed: Flag
-    state: Any
+from .globalisation import AbstractGlobalisation, Judgement, Model, Trial
+from .state import Direction
 
 
-class AbstractGlobalisation(eqx.Module, Generic[_State]):
-    """Turns a direction into trial points and judges them.
-
-    The merit is φ(λ) = ‖F(y + λ d)‖₂ / ‖F(y)‖₂, so that everything is free of scale; the slope is
-    that of ½φ² at 0, FᵀJd/‖F‖², which is −1 for an exact Newton direction.
-
-    Laws: a trial point that is not finite is never accepted; a trial that is not accepted leaves y
-    as it was.
-    """
-
-    @abc.abstractmethod
-    def start(self, slope: Scalar) -> _State:
-        """The state of the search along a new direction."""
-
-    @abc.abstractmethod
-    def displacement(self, state: _State, direction: Vector) -> Vector:
-        """The step from y to the next trial point."""
-
-    @abc.abstractmethod
-    def step_length(self, state: _State) -> Scalar:
-        """The length of that step as a fraction of the direction."""
-
-    @abc.abstractmethod
-    def judge(self, state: _State, merit: Scalar) -> Judgement:
-        """Judges the trial point, whose φ is `merit` (infinite where F is not finite)."""
-
-
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """The last trial and the one before it; λ = 0 stands for none."""
 
     slope: Scalar
@@ -57,26 +21,68 @@ class _Search(NamedTuple):
     trials: Scalar
 
 
-class AbstractLineSearch(AbstractGlobalisation[_Search]):
-    """A search along the direction: trial points y + λ d with λ shrinking from 1."""
+class AbstractLineSearch(AbstractGlobalisation[Search]):
+    """A search along the direction: trial points y + λ d with λ shrinking from 1.
 
-    def start(self, slope: Scalar) -> _Search:
+    With the merit φ(λ) = ‖F(y + λ d)‖₂/‖F(y)‖₂ the slope is that of ½φ² at 0, FᵀJd/‖F‖², which is
+    −1 for an exact Newton direction.
+    """
+
+    def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> Search:
+        del variables, workspace
+        one = jnp.ones_like(norm)
+        return Search(-one, one, 0 * one, one, 0 * one)
+
+    def start(self, model: Model, state: Search) -> Search:
+        del state
+        slope = model.direction.slope
         one = jnp.ones_like(slope)
-        return _Search(slope, one, 0 * one, one, 0 * one)
+        return Search(slope, one, 0 * one, one, 0 * one)
 
-    def displacement(self, state: _Search, direction: Vector) -> Vector:
+    def displacement(self, state: Search, direction: Vector) -> Vector:
         return tree.scale(state.length, direction)
 
-    def step_length(self, state: _Search) -> Scalar:
+    def step_length(self, state: Search) -> Scalar:
         return state.length
+
+    def linear_norm(self, state: Search, direction: Direction) -> Scalar:
+        return linear_norm_along(state.length, direction)
 
 
 class FullStep(AbstractLineSearch):
     """y + d, always: Newton's method as it stands. Fails only where F is not finite."""
 
-    def judge(self, state: _Search, merit: Scalar) -> Judgement:
-        finite = jnp.isfinite(merit)
+    def judge(self, state: Search, trial: Trial) -> Judgement:
+        finite = jnp.isfinite(trial.merit)
         return Judgement(finite, ~finite, state)
+
+
+class Damped(AbstractLineSearch):
+    """y + λ d with a constant λ: fails only where F is not finite.
+
+    **Arguments:**
+
+    - `length`: λ, in (0, 1].
+    """
+
+    length: float = 0.5
+
+    def __check_init__(self):
+        if not 0 < self.length <= 1:
+            raise ValueError(f"`length` must lie in (0, 1], but it is {self.length}.")
+
+    def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> Search:
+        return self._shortened(super().init(variables, norm, workspace))
+
+    def start(self, model: Model, state: Search) -> Search:
+        return self._shortened(super().start(model, state))
+
+    def judge(self, state: Search, trial: Trial) -> Judgement:
+        finite = jnp.isfinite(trial.merit)
+        return Judgement(finite, ~finite, state)
+
+    def _shortened(self, state: Search) -> Search:
+        return state._replace(length=jnp.full_like(state.length, self.length))
 
 
 class Backtracking(AbstractLineSearch):
@@ -94,16 +100,11 @@ class Backtracking(AbstractLineSearch):
     min_length: float = 1e-12
     max_trials: int = 40
 
-    def judge(self, state: _Search, merit: Scalar) -> Judgement:
-        slope, length = state.slope, state.length
-        value = 0.5 * merit**2
-        accepted = value <= 0.5 + self.alpha * length * slope
-        excess = value - 0.5 - length * slope
-        quadratic = -slope * length**2 / (2 * excess)
-        proposal = jnp.where(state.previous_length > 0, _cubic_minimiser(state, excess), quadratic)
-        shorter = jnp.clip(proposal, 0.1 * length, 0.5 * length)
-        shorter = jnp.where(jnp.isfinite(merit) & jnp.isfinite(shorter), shorter, 0.5 * length)
-        return _retried(state, merit, accepted, shorter, self.min_length, self.max_trials)
+    def judge(self, state: Search, trial: Trial) -> Judgement:
+        slope, length, merit = state.slope, state.length, trial.merit
+        accepted = 0.5 * merit**2 <= 0.5 + self.alpha * length * slope
+        shorter = interpolated(state, merit)
+        return retried(state, merit, accepted, shorter, self.min_length, self.max_trials)
 
 
 class Parabolic(AbstractLineSearch):
@@ -119,8 +120,8 @@ class Parabolic(AbstractLineSearch):
     min_length: float = 1e-12
     max_trials: int = 20
 
-    def judge(self, state: _Search, merit: Scalar) -> Judgement:
-        length, previous = state.length, state.previous_length
+    def judge(self, state: Search, trial: Trial) -> Judgement:
+        length, previous, merit = state.length, state.previous_length, trial.merit
         accepted = merit <= 1 - self.alpha * length
         at_length, at_previous = merit**2 - 1, state.previous_merit**2 - 1
         curvature = previous * at_length - length * at_previous
@@ -129,10 +130,32 @@ class Parabolic(AbstractLineSearch):
         shorter = jnp.where(curvature >= 0, 0.1 * length, vertex)
         usable = (previous > 0) & jnp.isfinite(merit) & jnp.isfinite(state.previous_merit)
         shorter = jnp.where(usable & jnp.isfinite(shorter), shorter, 0.5 * length)
-        return _retried(state, merit, accepted, shorter, self.min_length, self.max_trials)
+        return retried(state, merit, accepted, shorter, self.min_length, self.max_trials)
 
 
-def _cubic_minimiser(state: _Search, excess: Scalar) -> Scalar:
+def linear_norm_along(length: Scalar, direction: Direction) -> Scalar:
+    """‖F + λ J d‖/‖F‖."""
+    # ‖F + λJd‖² = (1−λ)²‖F‖² + 2λ(1−λ) Fᵀ(F + Jd) + λ²‖F + Jd‖²
+    square = (
+        (1 - length) ** 2
+        + 2 * length * (1 - length) * (1 + direction.slope)
+        + (length * direction.residual) ** 2
+    )
+    return jnp.sqrt(jnp.maximum(square, 0))
+
+
+def interpolated(state: Search, merit: Scalar) -> Scalar:
+    """The minimiser of the quadratic or, from the second reduction on, cubic model of ½φ², within
+    [0.1 λ, 0.5 λ]; λ/2 after a trial that is not finite."""
+    slope, length = state.slope, state.length
+    excess = 0.5 * merit**2 - 0.5 - length * slope
+    quadratic = -slope * length**2 / (2 * excess)
+    proposal = jnp.where(state.previous_length > 0, _cubic_minimiser(state, excess), quadratic)
+    shorter = jnp.clip(proposal, 0.1 * length, 0.5 * length)
+    return jnp.where(jnp.isfinite(merit) & jnp.isfinite(shorter), shorter, 0.5 * length)
+
+
+def _cubic_minimiser(state: Search, excess: Scalar) -> Scalar:
     length, previous, slope = state.length, state.previous_length, state.slope
     previous_excess = 0.5 * state.previous_merit**2 - 0.5 - previous * slope
     t1, t2 = excess / length**2, previous_excess / previous**2
@@ -142,14 +165,15 @@ def _cubic_minimiser(state: _Search, excess: Scalar) -> Scalar:
     return jnp.where(a == 0, -slope / (2 * b), (-b + root) / (3 * a))
 
 
-def _retried(
-    state: _Search,
+def retried(
+    state: Search,
     merit: Scalar,
     accepted: Flag,
     shorter: Scalar,
     min_length: float,
     max_trials: int,
 ) -> Judgement:
+    """The verdict on a trial with that merit, and the search with a shorter one."""
     finite = jnp.isfinite(merit)
     accepted = accepted & finite
     trials = state.trials + 1
@@ -157,5 +181,5 @@ def _retried(
     # A trial that is not finite is no point to interpolate through.
     previous_length = jnp.where(finite, state.length, state.previous_length)
     previous_merit = jnp.where(finite, merit, state.previous_merit)
-    search = _Search(state.slope, shorter, previous_length, previous_merit, trials)
+    search = Search(state.slope, shorter, previous_length, previous_merit, trials)
     return Judgement(accepted, failed, search)

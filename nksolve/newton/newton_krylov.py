@@ -25,7 +25,8 @@ from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
 from .base import AbstractRootFinder
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, EisenstatWalker2, Progress
-from .line_search import AbstractGlobalisation, Backtracking
+from .globalisation import AbstractGlobalisation, Model, Trial
+from .line_search import Backtracking
 from .preconditioning import Refreshed, carried_arrays, matvecs_per_application, refreshed
 from .report import Choice, StepReport, print_choice, told
 from .state import Best, Counters, Direction, NewtonState, Verdict
@@ -88,6 +89,7 @@ class NewtonKrylov(AbstractRootFinder):
                 f"but it is {self.linear_solver!r}. Lineax's solvers can neither stop at a forcing "
                 "term nor take a preconditioner along."
             )
+        self.globalisation.check(self.linear_solver)
 
     def init(
         self,
@@ -111,21 +113,22 @@ class NewtonKrylov(AbstractRootFinder):
         linear_solver = self.linear_solver.chosen(operator, y, args)
         if self.verbose is True:
             print_choice(self.linear_solver.why(operator, y, args))
+        workspace = linear_solver.workspace(
+            self.policy.solve_space(variables), real=_real(variables, tags)
+        )
         one, infinite = jnp.ones((), dtype), jnp.full((), jnp.inf, dtype)
         none = jnp.zeros((), jnp.int32)
         return NewtonState(
             trial=none,
             direction=Direction(tree.zeros_like(variables), -one, one, 0 * one),
-            search=self.globalisation.start(-one),
+            search=self.globalisation.init(variables, one, workspace),
             norm=infinite,
             initial_norm=infinite,
             best=Best(variables, infinite, jnp.nan * one, tree.zeros_like(aux_struct)),
             steps_since_best=none,
             forcing=self.forcing.init(dtype),
             preconditioner=carried_arrays(linear_solver.preconditioner, operator, y, args),
-            workspace=linear_solver.workspace(
-                self.policy.solve_space(variables), real=_real(variables, tags)
-            ),
+            workspace=workspace,
             reason=REASONS.iterating,
             counters=Counters(*(none for _ in Counters._fields)),
             history=History.empty(self.history_length, dtype) if self.history_length else None,
@@ -151,12 +154,13 @@ class NewtonKrylov(AbstractRootFinder):
         trial = tree.add(variables, tree.where(running, step, tree.zeros_like(step)))
         lin = self._linearise(fn, eqx.combine(trial, static), args, tags)
         norm, test_norm = tree.norm2(lin.value), self.norm(lin.value)
-        verdict = self._judge(state, running, norm, test_norm)
+        verdict = self._judge(state, running, trial, lin.value, norm, test_norm)
 
         # Where no direction is wanted the tolerance is infinite, and the solver does nothing.
         eta, forcing = self.forcing.eta(self._progress(state, norm, test_norm), state.forcing)
-        operator = working(lin.operator)
-        wide = None if operator is lin.operator else lin.operator
+        wide = self.globalisation.system(verdict.search, lin.operator)
+        operator = working(wide)
+        wide = None if operator is wide else wide
         point = eqx.combine(trial, static)
         linear_solver = self.linear_solver.chosen(lambda: operator, point, args)
         preconditioner = refreshed(
@@ -179,10 +183,13 @@ class NewtonKrylov(AbstractRootFinder):
         )
         slope = _slope(lin.operator, minus_f, linear, norm)
         found = Direction(linear.value, slope, linear.residual_norm / norm, eta)
+        left = linear.workspace, linear.num_restarts, verdict.solve
+        model = Model(lin.operator, minus_f, norm, found, *left)
 
         variables = tree.where(verdict.accepted, trial, variables)
         direction = tree.where(verdict.solve, found, state.direction)
-        search = tree.where(verdict.solve, self.globalisation.start(slope), verdict.search)
+        search = self.globalisation.start(model, verdict.search)
+        search = tree.where(verdict.solve, search, verdict.search)
         next_step = self.globalisation.displacement(search, direction.vector)
         reason = first_of(
             (verdict.reason != REASONS.iterating, verdict.reason),
@@ -278,11 +285,21 @@ class NewtonKrylov(AbstractRootFinder):
         target = fn if isinstance(fn, AbstractLinearisable) else lambda y, _: fn(y, args)
         return linearise(target, y, has_aux=True, policy=self.policy, tags=tags)
 
-    def _judge(self, state: NewtonState, running: Flag, norm: Scalar, test_norm: Scalar) -> Verdict:
+    def _judge(
+        self,
+        state: NewtonState,
+        running: Flag,
+        trial: Vector,
+        value: Vector,
+        norm: Scalar,
+        test_norm: Scalar,
+    ) -> Verdict:
         is_first = state.trial == 0
         finite = jnp.isfinite(norm) & jnp.isfinite(test_norm)
         merit = jnp.where(finite, norm / state.norm, jnp.inf)  # 0 at the initial point
-        judged = self.globalisation.judge(state.search, merit)
+        judged = self.globalisation.judge(
+            state.search, Trial(trial, value, merit, state.direction.vector)
+        )
         accepted = running & finite & judged.accepted
         failed = running & ~accepted & (judged.failed | is_first)
         least = running & finite & (norm < state.best.norm)
@@ -301,28 +318,21 @@ class NewtonKrylov(AbstractRootFinder):
                 (~running, state.reason),
                 (accepted & stop, reason),
                 (failed & ~finite, REASONS.nonfinite),
-                (failed, REASONS.line_search_failed),
+                (failed, self.globalisation.failure),
                 otherwise=REASONS.iterating,
             ),
             search=judged.state,
         )
 
     def _progress(self, state: NewtonState, norm: Scalar, test_norm: Scalar) -> Progress:
-        # ‖F + λJd‖² = (1−λ)²‖F‖² + 2λ(1−λ) Fᵀ(F + Jd) + λ²‖F + Jd‖²
-        length, direction = self.globalisation.step_length(state.search), state.direction
-        square = (
-            (1 - length) ** 2
-            + 2 * length * (1 - length) * (1 + direction.slope)
-            + (length * direction.residual) ** 2
-        )
         is_first = state.trial == 0
         initial_norm = jnp.where(is_first, test_norm, state.initial_norm)
         return Progress(
             is_first=is_first,
             norm=norm,
             previous_norm=state.norm,
-            linear_norm=state.norm * jnp.sqrt(jnp.maximum(square, 0)),
-            previous_eta=direction.eta,
+            linear_norm=state.norm * self.globalisation.linear_norm(state.search, state.direction),
+            previous_eta=state.direction.eta,
             target=self.target(initial_norm) / test_norm,
         )
 
@@ -343,13 +353,16 @@ class NewtonKrylov(AbstractRootFinder):
         solved = tree.count(verdict.solve)
         updated = tree.count(preconditioner.updated)
         slope_matvecs = solved if linear.descent is None else 0
+        slope_matvecs = slope_matvecs + solved * self.globalisation.num_matvecs
+        transposed = linear.num_transposed_matvecs
+        transposed = transposed + solved * self.globalisation.num_transposed_matvecs
         failed = verdict.solve & (linear.result != lx.RESULTS.successful)
         return Counters(
             num_steps=old.num_steps + tree.count(stepped & verdict.accepted),
             num_rejected_steps=old.num_rejected_steps + tree.count(stepped & ~verdict.accepted),
             num_linearisations=old.num_linearisations + tree.count(running),
             num_matvecs=old.num_matvecs + linear.num_matvecs + slope_matvecs,
-            num_transposed_matvecs=(old.num_transposed_matvecs + linear.num_transposed_matvecs),
+            num_transposed_matvecs=old.num_transposed_matvecs + transposed,
             num_preconditioner_applications=(
                 old.num_preconditioner_applications + linear.num_preconditioner_applications
             ),

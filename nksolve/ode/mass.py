@@ -12,6 +12,7 @@ import optimistix as optx
 from .. import tree
 from ..adjoint.base import stop_gradient
 from ..linearise.operator import AbstractLinearMap, JacobianOperator
+from ..linearise.views import transposed_mass, weighted
 from ..newton.newton_krylov import NewtonKrylov
 from ..typing import Args, Scalar, ScalarLike, Vector, Y
 from ..verbs.root_find import root_find
@@ -32,9 +33,7 @@ class MassShiftedMap(AbstractLinearMap):
 
     def transpose_mv(self, vector: Vector) -> Vector:
         transposed = self.linear_map.transpose_mv(vector)
-        mass = self.mass
-        mass = mass.transpose() if isinstance(mass, lx.AbstractLinearOperator) else mass
-        return tree.axpy(-self.gamma, transposed, weighted(mass, vector))
+        return tree.axpy(-self.gamma, transposed, weighted(transposed_mass(self.mass), vector))
 
     @property
     def low(self) -> np.dtype | None:
@@ -47,19 +46,16 @@ def mass_shifted(mass: Mass, operator: JacobianOperator, gamma: Scalar) -> Jacob
     return JacobianOperator(MassShiftedMap(mass, operator.linear_map, gamma), structure, structure)
 
 
-def weighted(mass: Mass, vector: Vector) -> Vector:
-    """M v."""
-    if mass is None:
-        return vector
-    if isinstance(mass, lx.AbstractLinearOperator):
-        return mass.mv(vector)
-    return jtu.tree_map(lambda m, x: m.astype(x.dtype) * x, mass, vector)
-
-
 def as_mass(mass: Mass) -> Mass:
     """A user's mass matrix with JAX's arrays, whatever the numbers were."""
     if mass is None or isinstance(mass, lx.AbstractLinearOperator):
         return mass
+    if callable(mass):
+        raise TypeError(
+            "`mass` is a constant matrix, a Lineax operator or its diagonal as a tree like the "
+            "state, but it is a function. For a regular M(t, y) y' = f take the slope z as an "
+            "unknown: y' = z, 0 = M(t, y) z − f(t, y), with ones and zeros for `mass`."
+        )
     return jtu.tree_map(jnp.asarray, mass)
 
 

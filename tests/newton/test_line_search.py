@@ -6,10 +6,12 @@ import hypothesis
 import hypothesis.strategies as st
 import jax.lax as lax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
 
 import nksolve as nks
+from nksolve.newton.state import Direction
 
 from .solving import all_finite, reason, rows, run
 
@@ -72,12 +74,15 @@ SEARCHES = {
 
 def drive(search, merit, slope=-1.0):
     """Runs a search on φ = merit(λ), ‖F(y)‖ = 1: the trials, and whether it ended in acceptance."""
-    state, trials = search.start(jnp.asarray(slope)), []
+    one, none = jnp.ones(()), jnp.zeros((1,))
+    direction = Direction(none, jnp.asarray(slope), 0 * one, 0 * one)
+    model = nks.Model(lx.IdentityLinearOperator(none), none, one, direction, None, 0, one > 0)
+    state, trials = search.start(model, search.init(none, one, None)), []
     while True:
         length = float(search.step_length(state))
         np.testing.assert_allclose(search.displacement(state, jnp.asarray([2.0])), [2 * length])
         trials.append((length, merit(length)))
-        judgement = search.judge(state, jnp.asarray(merit(length)))
+        judgement = search.judge(state, nks.Trial(none, none, jnp.asarray(merit(length)), none))
         assert not (judgement.accepted and judgement.failed)
         if judgement.accepted or judgement.failed:
             return trials, bool(judgement.accepted)

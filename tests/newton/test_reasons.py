@@ -53,6 +53,7 @@ def _any_of(y, kind):
 SEARCHES = {
     "bt": (nks.Backtracking(), nks.ResidualTest()),
     "full": (nks.FullStep(), nks.ResidualTest(patience=20)),
+    "region": (nks.Dogleg(), nks.ResidualTest()),
 }
 
 #: reason: globalisation, residual, start, rtol, atol
@@ -62,6 +63,7 @@ CASES = {
     "max_steps": ("bt", _double_root, (1.0, 1.0), 0.0, 1e-300),
     "step_small": ("bt", _squares, (1.0, 3.0), 0.0, 0.0),
     "line_search_failed": ("bt", _wrong_jacobian, (1.0, 1.0), 1e-8, 0.0),
+    "trust_region_failed": ("region", _wrong_jacobian, (1.0, 1.0), 1e-8, 0.0),
     "linear_solve_failed": ("bt", _singular, (1.0, 1.0), 1e-8, 0.0),
     "linear_solve_failed-at-once": ("bt", _singular, (0.0, 1.0), 1e-8, 0.0),
     "linear_solve_failed-full": ("full", _singular, (1.0, 1.0), 1e-8, 0.0),

@@ -1,0 +1,114 @@
+"""What a globalisation is: from the Newton direction to the next trial point, and its verdict."""
+
+import abc
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import equinox as eqx
+import lineax as lx
+from jaxtyping import PyTree
+
+from ..krylov.base import AbstractKrylovSolver
+from ..results import REASONS
+from ..typing import Count, Flag, Scalar, Vector
+from .state import Direction
+
+_State = TypeVar("_State")
+
+
+class Model(NamedTuple):
+    """F ≈ F + J s at a point, and the direction that was found there.
+
+    **Attributes:**
+
+    - `operator`: J.
+    - `minus_f`: −F.
+    - `norm`: ‖F‖₂.
+    - `direction`: d, with FᵀJd/‖F‖² and ‖F + J d‖/‖F‖.
+    - `workspace`: of the Krylov method, after its solve, which took `num_restarts` restarts.
+    - `wanted`: whether a direction was wanted; elsewhere the rest means nothing.
+    """
+
+    operator: lx.AbstractLinearOperator
+    minus_f: Vector
+    norm: Scalar
+    direction: Direction
+    workspace: PyTree
+    num_restarts: Count
+    wanted: Flag
+
+
+class Trial(NamedTuple):
+    """A trial point y + s.
+
+    **Attributes:**
+
+    - `point`: y + s.
+    - `value`: F there.
+    - `merit`: ‖F(y + s)‖₂/‖F(y)‖₂; infinite where F is not finite, 0 at the initial point.
+    - `direction`: that along which it lies.
+    """
+
+    point: Vector
+    value: Vector
+    merit: Scalar
+    direction: Vector
+
+
+class Judgement(NamedTuple):
+    """What a globalisation says of a trial point. Not accepted and not failed: try again."""
+
+    accepted: Flag
+    failed: Flag
+    state: Any
+
+
+class AbstractGlobalisation(eqx.Module, Generic[_State]):
+    """Turns a direction into trial points and judges them.
+
+    The merit is φ = ‖F(y + s)‖₂ / ‖F(y)‖₂, so that everything is free of scale.
+
+    Laws: a trial point that is not finite is never accepted; a trial that is not accepted leaves y
+    as it was; no trial but an accepted one calls for another Krylov solve.
+    """
+
+    #: Why a solve ends where no trial point will do.
+    failure: ClassVar[Any] = REASONS.line_search_failed
+    #: What `start` costs: products with J and with Jᵀ.
+    num_matvecs: ClassVar[int] = 0
+    num_transposed_matvecs: ClassVar[int] = 0
+
+    @abc.abstractmethod
+    def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _State:
+        """The state before the initial point, whose displacement means nothing. `norm` has the
+        dtype of norms, `workspace` is that of the Krylov method."""
+
+    @abc.abstractmethod
+    def start(self, model: Model, state: _State) -> _State:
+        """The state of the search along a new direction."""
+
+    @abc.abstractmethod
+    def displacement(self, state: _State, direction: Vector) -> Vector:
+        """The step s from y to the next trial point."""
+
+    @abc.abstractmethod
+    def step_length(self, state: _State) -> Scalar:
+        """The length of that step as a fraction of the direction."""
+
+    @abc.abstractmethod
+    def linear_norm(self, state: _State, direction: Direction) -> Scalar:
+        """‖F + J s‖/‖F‖, what the linear model promises of that step."""
+
+    @abc.abstractmethod
+    def judge(self, state: _State, trial: Trial) -> Judgement:
+        """Judges the trial point."""
+
+    def check(self, linear_solver: AbstractKrylovSolver) -> None:
+        """Raises where the two cannot go together."""
+        del linear_solver
+
+    def system(
+        self, state: _State, operator: lx.AbstractLinearOperator
+    ) -> lx.AbstractLinearOperator:
+        """The matrix of the linear system for the direction, J unless overridden."""
+        del state
+        return operator

@@ -22,7 +22,7 @@ from .attach import Explicit, Increment, attach
 from .linear import Stage, nothing_carried, prepare
 from .newton import SimplifiedNewton, check_tolerances, solve_stage
 from .step_size import asking
-from .stepper import AbstractStiffSolver, check_state, linearised, result_of
+from .stepper import AbstractStiffSolver, check_state, derivative_tolerance, linearised, result_of
 from .tableau import ExplicitTableau, Tableau
 from .work import Work
 
@@ -123,7 +123,7 @@ class AbstractESDIRK(AbstractStiffSolver):
             scale=scale,
             carried=solver_state.preconditioner,
             is_first=solver_state.is_first | made_jump,
-            adjoint_rtol=self.derivative_tolerance(y0),
+            adjoint_rtol=derivative_tolerance(self.root_finder, self.adjoint_rtol, y0),
         )
 
         def one_stage(at: _Stages, row: Any) -> tuple[_Stages, None]:
@@ -214,6 +214,8 @@ class AbstractESDIRK(AbstractStiffSolver):
             self.root_finder,
             error,
             scale,
+            size=jtu.tree_map(jnp.maximum, scale, self.root_finder.scale(stop_gradient(y1))),
+            starting=solver_state.is_first | made_jump,
             contraction=end.contraction,
             converged=end.ok,
             error_order=self.error_order(terms),

@@ -158,8 +158,16 @@ def solve_stage(
     rate: Scalar,
     wanted: Flag,
     workspace: Any,
+    value: Vector | None = None,
+    residual: Callable[[Vector, Vector], Vector] | None = None,
+    linear_share: float = 0.05,
 ) -> StageSolution:
-    """Solves w = γ F(base + w). Where it is not `wanted`, the guess comes back."""
+    """Solves w = γ F(base + w). Where it is not `wanted`, the guess comes back.
+
+    `value` is F at the guess, where that is known. `residual(w, F)` stands in the place of
+    w − γ F, for another equation. `linear_share` of what Newton's test asks is asked of a Krylov
+    method.
+    """
     dtype = rate.dtype
     norm_of = lambda v: newton.norm(divided(v, scale)).astype(dtype)
     # What the rounding of y leaves no hope to get below.
@@ -180,10 +188,19 @@ def solve_stage(
     def running(at: StageSolution) -> Flag:
         return ~at.converged & ~at.diverged & (at.count < newton.max_steps)
 
+    if residual is None:
+        residual = lambda w, f: tree.sub(w, tree.scale(gamma, f))
+    known = int(value is not None)
+
+    def increment_at(at: StageSolution) -> Vector:
+        there = lambda: increment(tree.add(base, at.w))
+        # All lanes that are active are at the same iteration.
+        return there() if value is None else lax.cond(any_lane(at.count > 0), there, lambda: value)
+
     def body(at: StageSolution) -> StageSolution:
         active = running(at)
-        r = tree.sub(at.w, tree.scale(gamma, increment(tree.add(base, at.w))))
-        tolerance = jnp.where(active, 0.05 * target, jnp.inf)
+        r = residual(at.w, increment_at(at))
+        tolerance = jnp.where(active, linear_share * target, jnp.inf)
         step, workspace = linear.correction(r, tolerance, at.workspace)
         norm = norm_of(step.value)
         verdict = judge(
@@ -206,7 +223,7 @@ def solve_stage(
             diverged=verdict.diverged,
             work=at.work.plus(
                 Work.of(
-                    num_fn_evals=1,
+                    num_fn_evals=1 - known * tree.count(first),
                     num_newton_steps=1,
                     num_matvecs=step.num_matvecs,
                     num_preconditioner_applications=step.num_applications,

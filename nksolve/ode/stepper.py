@@ -32,15 +32,18 @@ class AbstractStiffSolver(dfx.AbstractImplicitSolver, dfx.AbstractAdaptiveSolver
     def func(self, terms: dfx.AbstractTerm, t0: Any, y0: Y, args: Args) -> Any:
         return terms.vf(t0, y0, args)
 
-    def derivative_tolerance(self, y: Vector) -> Scalar:
-        """The relative tolerance of Krylov solves for derivatives."""
-        dtype = tree.real_dtype(y)
-        least = jnp.asarray(50 * tree.eps(y), dtype)
-        if self.adjoint_rtol is None:
-            wanted = jnp.minimum(1e-2 * jnp.asarray(self.root_finder.rtol), 1e-6)
-        else:
-            wanted = jnp.asarray(self.adjoint_rtol)
-        return jnp.maximum(wanted.astype(dtype), least)
+
+def derivative_tolerance(
+    root_finder: SimplifiedNewton, adjoint_rtol: ScalarLike | None, y: Vector
+) -> Scalar:
+    """The relative tolerance of what derivatives are solved to."""
+    dtype = tree.real_dtype(y)
+    least = jnp.asarray(50 * tree.eps(y), dtype)
+    if adjoint_rtol is None:
+        wanted = jnp.minimum(1e-2 * jnp.asarray(root_finder.rtol), 1e-6)
+    else:
+        wanted = jnp.asarray(adjoint_rtol)
+    return jnp.maximum(wanted.astype(dtype), least)
 
 
 def linearised(increment: Increment, t: ScalarLike, y: Vector) -> Linearisation:

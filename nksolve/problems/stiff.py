@@ -1,38 +1,15 @@
 """Stiff initial value problems with known end values."""
 
-import dataclasses
 from collections.abc import Callable
-from importlib import resources
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from .base import at_least
+from .diurnal import diurnal
+from .initial_value import InitialValueProblem, kept_end
 from .stencils import neighbour_sum
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class InitialValueProblem:
-    """y' = fn(t, y, args) from `y0` at `span[0]` to `span[1]`.
-
-    - `source`: where equations and end values are from.
-    - `end`: y at `span[1]`, as NumPy float64, or `None`.
-    - `atol_factor`: atol/rtol of the usual accuracy runs, for variables far from 1.
-    - `jumps`: times at which `fn` is discontinuous.
-    """
-
-    name: str
-    source: str
-    fn: Callable[[Any, Any, Any], Any]
-    y0: Array = dataclasses.field(repr=False)
-    span: tuple[float, float]
-    args: Any = dataclasses.field(default=None, repr=False)
-    end: np.ndarray | None = dataclasses.field(default=None, repr=False)
-    atol_factor: float = 1.0
-    jumps: tuple[float, ...] = ()
-
 
 _TEST_SET = (
     "Mazzia & Magherini, Test Set for Initial Value Problem Solvers, 2008; end values solved anew "
@@ -140,7 +117,7 @@ def brusselator_1d(n: int = 500) -> InitialValueProblem:
         y0,
         (0.0, 10.0),
         jnp.array(0.02),
-        _kept("brusselator_1d_500") if n == 500 else None,
+        kept_end("brusselator_1d_500") if n == 500 else None,
     )
 
 
@@ -173,7 +150,7 @@ def brusselator_2d(n: int = 32) -> InitialValueProblem:
         jnp.asarray(np.stack([u0, v0])),
         (0.0, 11.5),
         args,
-        _kept(f"brusselator_2d_{n}") if n in (8, 32) else None,
+        kept_end(f"brusselator_2d_{n}") if n in (8, 32) else None,
         jumps=(1.1,),
     )
 
@@ -210,7 +187,7 @@ def gray_scott(n: int = 32) -> InitialValueProblem:
         jnp.asarray(np.stack([1.0 - 2.0 * v0, v0])),
         (0.0, 200.0),
         jnp.array([8e-5, 4e-5, 0.024, 0.06]),
-        _kept("gray_scott_32") if n == 32 else None,
+        kept_end("gray_scott_32") if n == 32 else None,
     )
 
 
@@ -233,11 +210,6 @@ def _laplacian(u: Float[Array, "n n"]) -> Float[Array, "n n"]:
     return neighbour_sum(wide)[1:-1, 1:-1] - 4.0 * u
 
 
-def _kept(name: str) -> np.ndarray:
-    with (resources.files("nksolve.problems") / "data" / f"{name}.npz").open("rb") as file:
-        return np.load(file)["y"]
-
-
 STIFF: dict[str, Callable[..., InitialValueProblem]] = {
     "rober": rober,
     "hires": hires,
@@ -246,4 +218,5 @@ STIFF: dict[str, Callable[..., InitialValueProblem]] = {
     "brusselator-1d": brusselator_1d,
     "brusselator-2d": brusselator_2d,
     "gray-scott": gray_scott,
+    "diurnal": diurnal,
 }

@@ -307,13 +307,13 @@ def _brusselator(solver, rtol):
 
 @pytest.mark.parametrize("rtol", [1e-5, 1e-6])
 def test_few_steps_are_rejected(rtol):
-    """One in four at most, as with an exact Newton; none for the iteration's sake."""
+    """At most 15%, with Diffrax's own root finder 52%; linearisations: one a step."""
     problem = STIFF["brusselator-2d"](8)
     sol = _brusselator(ode.Kvaerno5(linear_solver=nks.GMRES()), rtol)
     taken, lost = int(sol.stats["num_accepted_steps"]), int(sol.stats["num_rejected_steps"])
     error = np.abs(np.asarray(sol.ys[-1]) - problem.end) / (rtol * (1 + np.abs(problem.end)))
     print(f"rtol {rtol:g}: {taken} + {lost} steps, w = {error.max():.2f}")
-    assert lost <= 0.25 * (taken + lost)
+    assert lost <= 0.15 * (taken + lost)
     assert error.max() < 20
     work = sol.solver_state.work
     assert int(work.num_linearisations) == taken

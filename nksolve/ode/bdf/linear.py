@@ -1,4 +1,4 @@
-"""W = I − γA of a BDF step, with a factorisation or a preconditioner kept from earlier steps."""
+"""W = M − γA of a BDF step, with a factorisation or a preconditioner kept from earlier steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +13,21 @@ from ...adjoint.base import stop_gradient
 from ...krylov.base import AbstractKrylovSolver
 from ...krylov.direct import AbstractDirect
 from ...krylov.system import KrylovState
+from ...linearise.linearisation import Linearisation
+from ...linearise.operator import JacobianOperator
 from ...loops import any_lane
 from ...precondition.base import AbstractPreconditioner, Identity, Skeleton, join, split
 from ...precondition.lagged import Lagged
-from ...typing import Flag, Scalar, Vector
-from ..linear import AbstractStageLinear, Correction, KrylovStageLinear, Stage, lagged
-
-Operator = Callable[[], lx.AbstractLinearOperator]
+from ...typing import Count, Flag, Scalar, Vector
+from ..linear import AbstractStageLinear, Correction, KrylovStageLinear, Stage
+from .rows import undone, with_rows
 
 # Factors are renewed with every change of the order or the step size, for that costs less than the
 # iterations that they would take longer: 2.0 to 2.2 a step instead of 2.3 to 2.5 with CVODE's 0.3.
 FACTORS_CHANGE = 1e-3
+# An old preconditioner costs Krylov iterations, never Newton's: with CVODE's 0.3 and 20 steps there
+# are nearly twice as many set-ups for a tenth fewer iterations on the diurnal kinetics.
+PRECONDITIONER_CHANGE = 0.5
 
 
 class OldFactors(AbstractStageLinear):
@@ -63,21 +67,27 @@ class Keeper:
     def __init__(
         self,
         solver: AbstractKrylovSolver,
-        operator: Operator,
+        linearisation: Callable[[], Linearisation],
+        matrix: Callable[[JacobianOperator], JacobianOperator],
         y: Vector,
         stage: Stage,
         *,
         scale: Vector,
+        rows: Vector | None,
         adjoint_rtol: Scalar,
     ):
+        operator = lambda: matrix(linearisation().operator)
         self.solver = solver.chosen(operator, y, stage)
         self.is_direct = isinstance(self.solver, AbstractDirect)
         self.kept = kept_preconditioner(self.solver)
         self._y, self._stage, self._scale = y, stage, scale
         self._adjoint_rtol = adjoint_rtol
-        held = None if self.is_direct else operator()
-        self._operator = (lambda: held) if held is not None else operator
-        self._held = held
+        held = None if self.is_direct else linearisation()
+        self._operator = operator if held is None else (lambda: matrix(held.operator))
+        #: F at y, where it is known.
+        self.value = None if held is None else stop_gradient(held.value)
+        #: Weights of the rows in what `linear` solves.
+        self.rows = None if self.is_direct else rows
         self._skeleton = self._shapes()[1]
 
     @property
@@ -120,16 +130,19 @@ class Keeper:
             factor = jnp.where(jnp.isfinite(ratio), 2 / (1 + ratio), 1)
             linear = OldFactors(inverse, self.solver, self._stage, factor)
         else:
+            operator = self._operator()
+            if self.rows is not None:
+                operator, inverse = with_rows(operator, self.rows), undone(inverse, self.rows)
             linear = KrylovStageLinear(
-                self._operator(), inverse, self.solver, self._scale, self._adjoint_rtol
+                operator, inverse, self.solver, self._scale, self._adjoint_rtol
             )
         return stop_gradient(linear)
 
-    def after(self, arrays: list[Any]) -> list[Any]:
-        """The arrays to carry on after a step."""
+    def after(self, arrays: list[Any], num_steps: Count) -> list[Any]:
+        """The arrays to carry on after a step of so many Krylov iterations a solve."""
         if not self.keeps:
             return arrays
-        state = self.kept.observe(join(arrays, self._skeleton), jnp.zeros((), jnp.int32))
+        state = self.kept.observe(join(arrays, self._skeleton), num_steps)
         return stop_gradient(split(state)[0])
 
     def _init(self) -> list[Any]:
@@ -150,17 +163,15 @@ class Keeper:
 def kept_preconditioner(solver: AbstractKrylovSolver) -> AbstractPreconditioner:
     """The solver's preconditioner, kept from step to step by rules like CVODE's.
 
-    Factors serve until hγ has changed by `FACTORS_CHANGE` or Newton's iteration fails with them, a
-    preconditioner for 20 steps, until hγ has changed by 30%, or until it fails. One that has an
-    `update` of its own is left alone.
+    It serves for 50 steps, until hγ has changed too much, or until Newton's iteration fails. One
+    that has an `update` of its own (`nks.Lagged` too) is left alone.
     """
     kept = solver.preconditioner
     if not kept.is_rebuilt or isinstance(kept, Identity):
         return kept
-    if not isinstance(solver, AbstractDirect):
-        return lagged(solver).preconditioner
+    change = FACTORS_CHANGE if isinstance(solver, AbstractDirect) else PRECONDITIONER_CHANGE
     gamma = lambda y, stage: stage.gamma
-    return Lagged(kept, max_age=50, shift=gamma, max_shift_change=FACTORS_CHANGE)
+    return Lagged(kept, max_age=50, shift=gamma, max_shift_change=change)
 
 
 def _updates_by_init(preconditioner: AbstractPreconditioner) -> bool:

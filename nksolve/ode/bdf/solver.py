@@ -8,18 +8,20 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 
 from ... import tree
 from ...adjoint.base import stop_gradient
 from ...krylov.auto import AutoLinear
 from ...krylov.base import AbstractKrylovSolver
-from ...linearise.views import divided, shifted
+from ...linearise.views import divided, times, weighted
 from ...loops import any_lane
 from ...typing import Args, Count, Flag, Scalar, ScalarLike, Vector
-from ..attach import Explicit, Increment, attach
+from ..attach import Increment
 from ..linear import Stage
+from ..mass import Mass, as_mass, check_mass
 from ..newton import SimplifiedNewton, check_tolerances, solve_stage
-from ..stepper import AbstractStiffSolver, check_state, linearised, result_of
+from ..stepper import AbstractStiffSolver, check_state, derivative_tolerance, linearised, result_of
 from ..work import Work
 from .coefficients import MAX_ORDER, NEWTON
 from .controller import allowed
@@ -27,7 +29,14 @@ from .differences import Prediction, advance, polynomial, predict
 from .interpolation import BDFInterpolation
 from .linear import Keeper
 from .order import choose
+from .rows import row_weights
+from .stage import Explicit, attach, matrix
 from .verdict import ERROR_ORDER, encoded
+
+# Of Newton's tolerance, for a Krylov method. A step has the Jacobian of its own predicted point, so
+# that one iteration is the rule and what a linear solve leaves is nearly all that is left. With
+# 0.05 instead steps are as many, errors alike and Krylov iterations 5% to 20% more.
+LINEAR_SHARE = 0.25
 
 
 class BDFState(NamedTuple):
@@ -52,6 +61,7 @@ class _Try(NamedTuple):
     kept: Any
     is_fresh: Flag
     num_tries: Count
+    num_linear: Count  # Krylov iterations a solve
     work: Work
     workspace: Any
 
@@ -59,38 +69,46 @@ class _Try(NamedTuple):
 class BDF(AbstractStiffSolver):
     """Numerical differentiation formulas of order 1 to 5 with variable step and order:
 
-        Σ_{m≤k} ∇ᵐy_n/m − κ_k γ_k (y_n − y_n⁽⁰⁾) = h f(t_n, y_n).
+        M (Σ_{m≤k} ∇ᵐy_n/m − κ_k γ_k (y_n − y_n⁽⁰⁾)) = h f(t_n, y_n),    M y' = f(t, y).
 
     One nonlinear system a step, whose correction d = y_n − y_n⁽⁰⁾ is also the error estimate. The
     history is kept as backward differences at equal spacing, and interpolated to another spacing
     where the step size changes. After k + 1 equal steps the order is chosen anew. A declared jump
     (`made_jump`) starts again at order 1.
 
-    A factorisation or a preconditioner of I − (h/α)J is kept from step to step: until h/α has
-    changed by 30%, for at most 50 steps (a preconditioner: 20), or until Newton's iteration fails
-    with it; then it is made anew at the predicted point and the iteration done again within the
-    step. With a direct solver J is linearised there and nowhere else, and lives on in the factors
-    only; with a Krylov method J is linearised once a step, and only the preconditioner is old.
+    A factorisation or a preconditioner of M − (h/α)J is kept for at most 50 steps, the former until
+    h/α changes, the latter until it has changed by half, and both until Newton's iteration fails
+    with them; then they are made anew at the predicted point and the iteration is done again within
+    the step. With a direct solver J is linearised there and nowhere else, and lives on in the
+    factors only. With a Krylov method f is linearised once a step, at the predicted point: that is
+    the evaluation for the first iteration, which is the only one as a rule; only the preconditioner
+    is old.
 
     The derivatives are those of the formula at its converged solution, and of the differences,
     which are linear in it. The choices of order and step size are not differentiated.
 
     **Arguments:**
 
-    - `linear_solver`: for I − (h/α)J.
+    - `linear_solver`: for M − (h/α)J.
     - `root_finder`: its tolerances are the step size controller's and must stay so unless steps are
       constant (`nks.ode.SimplifiedNewton.alone()`), since the solver tells the controller by an
       error in the controller's own scale which step it wants. Its `kappa`: 0.01, for the correction
-      is the error estimate; 0.1, which is CVODE's, saves iterations on partial differential
-      equations and costs steps on chemical kinetics.
+      is the error estimate. 0.1, which is CVODE's, saves a tenth to a fifth of the Krylov
+      iterations; with a direct solver, whose J is old, it costs steps on chemical kinetics.
     - `adjoint_rtol`: relative tolerance of Krylov solves for derivatives.
     - `max_order`: 5; formulas above order 2 are not A-stable (an oscillating mode near the
       imaginary axis may hold the steps down, which 2 mends).
+    - `mass`: the constant M, as a Lineax operator or its diagonal as a tree like y, which may be
+      singular (differential-algebraic equations of index 1). The start has to satisfy the algebraic
+      equations (`nks.ode.consistent`). Zeros on a diagonal tell algebraic rows apart, whose
+      residuals a Krylov method then measures without the factor h/α; of an operator nothing is
+      known, so that the first step begins from y' = 0 and is short.
 
     For `nks.ode.BDFController`, or `diffrax.PIDController` with its default coefficients.
 
     Storage: 5 vectors and the arrays of the factorisation or preconditioner, carried from step to
-    step. Work: an attempted step takes 1 or 2 Newton iterations as a rule.
+    step. Work: an attempted step takes 2 Newton iterations with a direct solver, 1.1 with a Krylov
+    method, each an evaluation of f.
 
     Source: Shampine & Reichelt, The MATLAB ODE suite, SIAM J. Sci. Comput. 18 (1997) 1-22;
     Hindmarsh et al., SUNDIALS, ACM Trans. Math. Softw. 31 (2005), section 2.1 (what is kept, and
@@ -101,6 +119,7 @@ class BDF(AbstractStiffSolver):
     root_finder: SimplifiedNewton = SimplifiedNewton(max_steps=4)
     adjoint_rtol: ScalarLike | None = eqx.field(static=True, default=None)
     max_order: int = eqx.field(static=True, default=MAX_ORDER)
+    mass: Mass = eqx.field(default=None, converter=as_mass, kw_only=True)
 
     term_structure: ClassVar = dfx.AbstractTerm
     interpolation_cls: ClassVar[Callable[..., Any]] = BDFInterpolation
@@ -123,6 +142,7 @@ class BDF(AbstractStiffSolver):
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Any, args: Args) -> BDFState:
         check_state(y0)
+        check_mass(self.mass, y0)
         check_tolerances(self.root_finder, self)
         dtype = tree.real_dtype(y0)
         increment = Increment.of(terms, args, t0, t1, y0)
@@ -162,7 +182,8 @@ class BDF(AbstractStiffSolver):
         ratio = h / jnp.where(restart, h, before.h)
         ratio = jnp.where(restart, jnp.ones_like(ratio), ratio)
         is_equal = ~restart & (jnp.abs(ratio - 1) <= _unequal(t0, t1, h))
-        slope = lax.cond(any_lane(restart), lambda: increment(t0, y0), lambda: tree.zeros_like(y0))
+        first_slope = lambda: _slope(self.mass, increment(t0, y0))
+        slope = lax.cond(any_lane(restart), first_slope, lambda: tree.zeros_like(y0))
         started = jtu.tree_map(lambda rows, k: rows.at[0].set(k), _rows_like(y0), slope)
         history = tree.where(restart, started, before.differences)
         history = jtu.tree_map(lambda y, rows: jnp.concatenate([y[None], rows]), y0, history)
@@ -179,15 +200,15 @@ class BDF(AbstractStiffSolver):
         # multiplies its derivatives by zero.
         held = stop_gradient((base, y0))
         z = tree.where(ok, tree.add(held[0], tried.w), held[1])
-        k = tree.where(ok, tree.scale(1 / gamma, tried.w), tree.zeros_like(y0))
-        y1, k = attach(
-            Explicit(base, jnp.asarray(t1), increment),
-            found=stop_gradient((z, k)),
+        w = tree.where(ok, tried.w, tree.zeros_like(y0))
+        y1, w = attach(
+            Explicit(base, jnp.asarray(t1), increment, self.mass),
+            found=stop_gradient((z, w)),
             gamma=gamma,
-            is_explicit=gamma == 0,
             linear=keeper.linear(tried.kept),
+            rows=keeper.rows,
         )
-        d = tree.sub(tree.scale(gamma, k), predicted.psi)
+        d = tree.sub(w, predicted.psi)
         differences = advance(predicted.differences, d, order, y1)
 
         # The verdict on the step.
@@ -222,7 +243,7 @@ class BDF(AbstractStiffSolver):
             num_equal=choice.num_equal,
             differences=jtu.tree_map(lambda x: x[1:], differences),
             rate=tried.rate,
-            kept=keeper.after(tried.kept),
+            kept=keeper.after(tried.kept, tried.num_linear),
             work=before.work.plus(work),
         )
         dense = dict(differences=polynomial(differences, order))
@@ -235,13 +256,16 @@ class BDF(AbstractStiffSolver):
         increment, t, y, args = stop_gradient((increment, jnp.asarray(t1), y, args))
         h = lax.stop_gradient(jnp.asarray(t1 - t0))
         stage = Stage(t, gamma.astype(h.dtype) * h, args)
+        mass = stop_gradient(self.mass)
         return Keeper(
             self.linear_solver,
-            lambda: shifted(linearised(increment, t, y).operator, gamma),
+            lambda: linearised(increment, t, y),
+            lambda operator: matrix(mass, operator, gamma),
             y,
             stage,
             scale=self.root_finder.scale(y),
-            adjoint_rtol=self.derivative_tolerance(y),
+            rows=row_weights(mass, y, jnp.asarray(stage.gamma)),
+            adjoint_rtol=derivative_tolerance(self.root_finder, self.adjoint_rtol, y),
         )
 
     def _solved(
@@ -255,12 +279,17 @@ class BDF(AbstractStiffSolver):
         before: BDFState,
         restart: Flag,
     ) -> tuple[_Try, Keeper]:
-        """w = γ F(t1, base + w)."""
+        """M w = γ F(t1, base + w)."""
         t0, t1 = ends
         keeper = self._keeper(increment, t0, t1, predicted.y, gamma, args)
         values = increment, jnp.asarray(t1), base, predicted, gamma, before
         increment, t1, base, predicted, gamma, before = stop_gradient(values)
         scale = self.root_finder.scale(predicted.y)
+        mass = stop_gradient(self.mass)
+
+        def residual(w: Vector, f: Vector) -> Vector:
+            r = tree.sub(weighted(mass, w), tree.scale(gamma, f))
+            return r if keeper.rows is None else times(r, keeper.rows)
 
         def running(at: _Try) -> Flag:
             return ~at.converged & ((at.num_tries == 0) | ((at.num_tries == 1) & ~at.is_fresh))
@@ -270,6 +299,10 @@ class BDF(AbstractStiffSolver):
             wanted = restart | (at.num_tries > 0) | keeper.is_due(at.kept)
             due = active & wanted & keeper.keeps
             kept = keeper.renewed(at.kept, due, restart)
+            # A is as old as the factors are. Of a Krylov method it is new at each step, and its
+            # rate of convergence that of the steps before whatever happens to the preconditioner.
+            unknown = restart | (at.num_tries > 0) | (due & keeper.is_direct)
+            rate = jnp.where(unknown, jnp.ones_like(at.rate), at.rate)
             found = solve_stage(
                 self.root_finder,
                 lambda z: increment(t1, z),
@@ -278,9 +311,12 @@ class BDF(AbstractStiffSolver):
                 predicted.psi,
                 gamma,
                 scale,
-                rate=jnp.where(due, jnp.ones_like(at.rate), at.rate),
+                rate=rate,
                 wanted=active,
                 workspace=at.workspace,
+                value=keeper.value,
+                residual=residual,
+                linear_share=LINEAR_SHARE,
             )
             renewals = tree.count(due)
             linearisations = renewals if keeper.is_direct else jnp.zeros_like(renewals)
@@ -295,10 +331,11 @@ class BDF(AbstractStiffSolver):
                 w=found.w,
                 converged=found.converged,
                 count=found.count,
-                rate=jnp.maximum(found.rate, 0.3 * jnp.where(due, jnp.ones_like(at.rate), at.rate)),
+                rate=jnp.maximum(found.rate, 0.3 * rate),
                 kept=kept,
                 is_fresh=due | ~jnp.array(keeper.keeps),
                 num_tries=at.num_tries + 1,
+                num_linear=-(-found.work.num_matvecs // jnp.maximum(found.count, 1)),
                 work=work,
                 workspace=None,
             )
@@ -315,10 +352,26 @@ class BDF(AbstractStiffSolver):
             kept=before.kept,
             is_fresh=jnp.array(False),
             num_tries=zero,
+            num_linear=zero,
             work=Work.of(num_fn_evals=each, num_linearisations=each),
             workspace=keeper.linear(before.kept).workspace(),
         )
         return lax.while_loop(lambda at: any_lane(running(at)), body, start), keeper
+
+
+def _slope(mass: Mass, value: Vector) -> Vector:
+    """h y' where M y' = f tells it, and zero where not: in algebraic rows, and in all of an M that
+    is an operator."""
+    if mass is None:
+        return value
+    if isinstance(mass, lx.AbstractLinearOperator):
+        return tree.zeros_like(value)
+
+    def one(m, f):
+        m = m.astype(f.dtype)
+        return jnp.where(m == 0, jnp.zeros_like(f), f / jnp.where(m == 0, jnp.ones_like(m), m))
+
+    return jtu.tree_map(one, mass, value)
 
 
 def _rows_like(y: Vector) -> Vector:

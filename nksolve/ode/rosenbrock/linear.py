@@ -78,7 +78,12 @@ class RefinedLinear(AbstractTightLinear):
     def solve(self, r: Vector, tolerance: Scalar, workspace: Any) -> Solved:
         norm = lambda v: weighted_norm(v, self.scale).astype(tolerance.dtype)
         x, rest, num = _refined(self.state, r, norm, tolerance)
-        ok = all_finite(x) & (norm(rest) <= FAILED * tolerance)
+        # The residual of a badly conditioned W may be the rounding of W u, which W⁻¹ makes small
+        # again: then its image, the error of u, decides.
+        residual, most = norm(rest), FAILED * tolerance
+        doubtful = any_lane(~(residual <= most))
+        error = lax.cond(doubtful, lambda: norm(self.inverse.mv(rest)), lambda: residual)
+        ok = all_finite(x) & (jnp.minimum(residual, error) <= most)
         return Solved(x, ok, num, num, workspace)
 
     def tight(self, state: KrylovState, b: Vector) -> Vector:

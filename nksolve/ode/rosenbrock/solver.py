@@ -16,14 +16,14 @@ from ...adjoint.base import stop_gradient
 from ...krylov.auto import AutoLinear
 from ...krylov.base import AbstractKrylovSolver
 from ...linearise.linearisation import Linearisation, linearise
-from ...linearise.views import shifted
+from ...linearise.views import shifted, weighted
 from ...typing import Args, Flag, Scalar, ScalarLike, Vector
 from ..attach import Increment
 from ..esdirk import combined, put
 from ..linear import Stage, nothing_carried, prepare
-from ..mass import Mass, as_mass, check_mass, mass_shifted, weighted
+from ..mass import Mass, as_mass, check_mass, mass_shifted
 from ..newton import SimplifiedNewton, check_tolerances
-from ..stepper import AbstractStiffSolver, check_state, result_of
+from ..stepper import AbstractStiffSolver, check_state, derivative_tolerance, result_of
 from ..work import Work
 from .interpolation import RosenbrockInterpolation
 from .linear import tight_linear, weighted_norm
@@ -130,7 +130,7 @@ class AbstractRosenbrock(AbstractStiffSolver):
             scale=scale,
             carried=solver_state.preconditioner,
             is_first=solver_state.is_first | made_jump,
-            adjoint_rtol=self.derivative_tolerance(y0),
+            adjoint_rtol=derivative_tolerance(self.root_finder, self.adjoint_rtol, y0),
         )
         linear = tight_linear(prepared.linear, scale)
         # Below the rounding of y there is nothing to gain.

@@ -8,10 +8,11 @@ import jax.tree_util as jtu
 
 from ... import tree
 from ...adjoint.base import anchored
+from ...linearise.views import weighted
 from ...rule import ForwardRule
 from ...typing import Scalar, Vector
 from ..attach import Increment
-from ..mass import Mass, weighted
+from ..mass import Mass
 from .linear import AbstractTightLinear
 
 

@@ -27,6 +27,8 @@ from .preconditioner import StagePreconditioner as StagePreconditioner
 from .root_finder import StageNewtonKrylov as StageNewtonKrylov
 from .rosenbrock import (
     ROK4 as ROK4,
+    Exprb32 as Exprb32,
+    Exprb43 as Exprb43,
     Rodas4 as Rodas4,
     Rodas5P as Rodas5P,
     Rosenbrock23 as Rosenbrock23,

@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from ... import tree
-from ...typing import Scalar, Vector
+from ...typing import Count, Scalar, Vector
 from ..esdirk import combined, put
 
 
@@ -19,20 +19,12 @@ def arnoldi(mv: Callable[[Vector], Vector], start: Vector, size: int) -> tuple[V
     only be real-linear. Where the space is exhausted, V and H end in zeros: VHVᵀ is what it was.
     """
     dtype = tree.real_dtype(start)
-    least = jnp.asarray(100 * tree.eps(start), dtype)
-    first, _ = _normalised(start, jnp.zeros((), dtype))
+    first, _ = normalised(start, jnp.zeros((), dtype))
     basis = jtu.tree_map(lambda x: jnp.zeros((size, *x.shape), x.dtype), start)
     basis = put(basis, 0, first)
 
     def extended(basis, j):
-        w = mv(jtu.tree_map(lambda rows: rows[j], basis))
-        size_before = _norm(w)
-        h = projected(basis, w)
-        w = tree.sub(w, combined(h, basis))
-        again = projected(basis, w)
-        w = tree.sub(w, combined(again, basis))
-        new, norm = _normalised(w, least * size_before)
-        h = h + again
+        new, h, norm = next_vector(mv, basis, j)
         # The last vector is not kept: its place does not exist.
         h = h.at[j + 1].set(norm, mode="drop")
         rows = jtu.tree_map(lambda rows, x: rows.at[j + 1].set(x, mode="drop"), basis, new)
@@ -40,6 +32,23 @@ def arnoldi(mv: Callable[[Vector], Vector], start: Vector, size: int) -> tuple[V
 
     basis, columns = lax.scan(extended, basis, jnp.arange(size))
     return basis, columns.T
+
+
+def next_vector(
+    mv: Callable[[Vector], Vector], basis: Vector, j: Count
+) -> tuple[Vector, Array, Scalar]:
+    """(v, h, ‖w‖): A v_j = V h + w with w = ‖w‖ v; v and ‖w‖ are zero where w is rounding.
+
+    Rows of the basis that are not in use must be zero.
+    """
+    w = mv(jtu.tree_map(lambda rows: rows[j], basis))
+    least = jnp.asarray(100 * tree.eps(w), tree.real_dtype(w)) * _norm(w)
+    h = projected(basis, w)
+    w = tree.sub(w, combined(h, basis))
+    again = projected(basis, w)
+    w = tree.sub(w, combined(again, basis))
+    new, norm = normalised(w, least)
+    return new, h + again, norm
 
 
 def projected(basis: Vector, v: Vector) -> Array:
@@ -54,7 +63,7 @@ def projected(basis: Vector, v: Vector) -> Array:
     return jnp.sum(jnp.stack(products), axis=0)
 
 
-def _normalised(v: Vector, least: Scalar) -> tuple[Vector, Scalar]:
+def normalised(v: Vector, least: Scalar) -> tuple[Vector, Scalar]:
     """(v/‖v‖, ‖v‖); zero where the norm is not above `least`."""
     norm = _norm(v)
     alive = norm > least

@@ -1,7 +1,8 @@
 """Side by side with the peers: `python -m benchmarks [--small] [--write] [--only NAME ...]`.
 
 With `--pde` the partial differential equations of `benchmarks/pde.py`, with `--layers` the
-equilibrium layers of `benchmarks/layers.py`.
+equilibrium layers of `benchmarks/layers.py`, with `--ode` the stiff integrators of
+`benchmarks/ode.py`.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pde", action="store_true", help="PDEs, with PETSc among the peers")
     parser.add_argument("--advice", action="store_true", help="methods and preconditioners")
     parser.add_argument("--layers", action="store_true", help="equilibrium layers, with torchdeq")
+    parser.add_argument("--ode", action="store_true", help="stiff integrators, with CVODE")
     parser.add_argument("--counts", action="store_true", help="equilibrium cells, no clock")
     parser.add_argument("--small", action="store_true", help="tiny problems, to see that it runs")
     parser.add_argument(
@@ -75,11 +77,9 @@ def main(argv: list[str] | None = None) -> None:
         "--peers", default=sys.executable, help="with --layers: a Python with torchdeq and jaxopt"
     )
     parser.add_argument(
-        "--redo", nargs="*", default=[], help="with --layers: measure these rows again"
+        "--redo", nargs="*", default=[], help="with --layers, --ode: measure these rows again"
     )
-    parser.add_argument(
-        "--kept", action="store_true", help="with --layers: measure nothing, show what is kept"
-    )
+    parser.add_argument("--kept", action="store_true", help="with --layers, --ode: measure nothing")
     options = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -103,6 +103,13 @@ def main(argv: list[str] | None = None) -> None:
 
         peers = {"peers": options.peers, "redo": options.redo, "measure": not options.kept}
         page, text = layers.PAGE, machine() + "\n\n" + layers.report(**chosen, **peers)
+        if not options.write:
+            print(text)
+    elif options.ode:
+        from . import ode
+
+        kept = {"redo": options.redo, "measure": not options.kept, "pictures": options.write}
+        page, text = ode.PAGE, machine() + "\n\n" + ode.report(**chosen, **kept)
         if not options.write:
             print(text)
     elif options.counts:

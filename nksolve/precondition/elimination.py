@@ -16,6 +16,10 @@ from .blocks import inverse, magnitude, matmul, matvec, product, transpose
 Blocks = Inexact[Array, "m b b"]
 BlockVector = Inexact[Array, "m b"]
 
+# Rows of a sweep in one turn of its loop: 2 take 14 → 8 µs for 500 blocks of 2 × 2 on a CPU, 4 or
+# more are slower than 1, as is the factorisation with more than 1.
+_UNROLL = 2
+
 
 class AbstractFactors(eqx.Module):
     """A factored block tridiagonal matrix J."""
@@ -83,8 +87,9 @@ class ScanFactors(AbstractFactors):
             return x, x
 
         zero = jnp.zeros_like(rhs[0])
-        _, z = jax.lax.scan(up, zero, (self.e, rhs))
-        return jax.lax.scan(down, zero, (self.pivots, self.h, z), reverse=True)[1]
+        _, z = jax.lax.scan(up, zero, (self.e, rhs), unroll=_UNROLL)
+        rows = (self.pivots, self.h, z)
+        return jax.lax.scan(down, zero, rows, reverse=True, unroll=_UNROLL)[1]
 
     def solve_transposed(self, rhs: BlockVector) -> BlockVector:
         # (I + Hᵀ) z = b, then (I + Eᵀ) y = P⁻ᵀ z. The neighbour's block stands in its own row, so
@@ -100,8 +105,9 @@ class ScanFactors(AbstractFactors):
             return matvec(transpose(e), y), y
 
         zero = jnp.zeros_like(rhs[0])
-        _, z = jax.lax.scan(up, zero, (self.h, rhs))
-        return jax.lax.scan(down, zero, (self.pivots, self.e, z), reverse=True)[1]
+        _, z = jax.lax.scan(up, zero, (self.h, rhs), unroll=_UNROLL)
+        rows = (self.pivots, self.e, z)
+        return jax.lax.scan(down, zero, rows, reverse=True, unroll=_UNROLL)[1]
 
 
 class CyclicReduction(AbstractElimination):

@@ -20,7 +20,7 @@ from ...typing import Args, Count, Flag, Scalar, ScalarLike, Vector
 from ..attach import Increment
 from ..linear import Stage
 from ..mass import Mass, as_mass, check_mass
-from ..newton import SimplifiedNewton, check_tolerances, solve_stage
+from ..newton import SimplifiedNewton, StageSolution, check_tolerances, solve_stage
 from ..stepper import AbstractStiffSolver, check_state, derivative_tolerance, linearised, result_of
 from ..work import Work
 from .coefficients import MAX_ORDER, NEWTON
@@ -301,7 +301,7 @@ class BDF(AbstractStiffSolver):
             kept = keeper.renewed(at.kept, due, restart)
             # A is as old as the factors are. Of a Krylov method it is new at each step, and its
             # rate of convergence that of the steps before whatever happens to the preconditioner.
-            unknown = restart | (at.num_tries > 0) | (due & keeper.is_direct)
+            unknown = restart | (at.num_tries > 0)
             rate = jnp.where(unknown, jnp.ones_like(at.rate), at.rate)
             found = solve_stage(
                 self.root_finder,
@@ -331,7 +331,7 @@ class BDF(AbstractStiffSolver):
                 w=found.w,
                 converged=found.converged,
                 count=found.count,
-                rate=jnp.maximum(found.rate, 0.3 * rate),
+                rate=_aged(rate, found),
                 kept=kept,
                 is_fresh=due | ~jnp.array(keeper.keeps),
                 num_tries=at.num_tries + 1,
@@ -357,6 +357,13 @@ class BDF(AbstractStiffSolver):
             workspace=keeper.linear(before.kept).workspace(),
         )
         return lax.while_loop(lambda at: any_lane(running(at)), body, start), keeper
+
+
+def _aged(rate: Scalar, found: StageSolution) -> Scalar:
+    """The rate of convergence to begin the next step with: as it was measured, or a tenth more
+    where one iteration sufficed and nothing was, so that it is measured now and then."""
+    unmeasured = jnp.minimum(1.1 * rate, jnp.ones_like(rate))
+    return jnp.where(found.count > 1, jnp.maximum(found.rate, 0.3 * rate), unmeasured)
 
 
 def _slope(mass: Mass, value: Vector) -> Vector:

@@ -125,6 +125,7 @@ from .newton.globalisation import (
     AbstractGlobalisation as AbstractGlobalisation,
     Judgement as Judgement,
     Model as Model,
+    Shift as Shift,
     Trial as Trial,
 )
 from .newton.hookstep import Hookstep as Hookstep
@@ -148,6 +149,14 @@ from .newton.reuse import (
     AbstractReuse as AbstractReuse,
     KeepLinearisation as KeepLinearisation,
     Relinearise as Relinearise,
+)
+from .newton.robust import (
+    AbstractStart as AbstractStart,
+    Along as Along,
+    Attempt as Attempt,
+    FromBest as FromBest,
+    FromInitial as FromInitial,
+    Robust as Robust,
 )
 from .newton.trust_region import AbstractTrustRegion as AbstractTrustRegion, Dogleg as Dogleg
 from .precondition.algebraic_multigrid import AlgebraicMultigrid as AlgebraicMultigrid

@@ -20,7 +20,8 @@ class History(eqx.Module):
     - `step_length`: λ of the trial, as a fraction of the Newton direction.
     - `accepted`: whether the trial point was accepted.
     - `reason`: the code of the reason (see `nks.reason_name`): `iterating`, and in the last row
-      why the solve stopped (but for `max_steps`, which is known only afterwards).
+      why the solve stopped (but for `max_steps`, which is known only afterwards). In
+      `nks.Robust` the last row of each attempt says why it ended.
     """
 
     norm: Float[Array, " length"]
@@ -70,3 +71,9 @@ class History(eqx.Module):
             accepted=write(self.accepted, accepted),
             reason=write(self.reason, code(reason)),
         )
+
+    def ended(self, row: Count, when: Flag, reason: REASONS) -> "History":
+        """The history with the reason of one row replaced `when` the flag holds."""
+        here = (jnp.arange(self.reason.shape[0], dtype=jnp.int32) == row) & when
+        new = jnp.where(here, code(reason).astype(self.reason.dtype), self.reason)
+        return eqx.tree_at(lambda h: h.reason, self, new)

@@ -14,7 +14,7 @@ from .. import tree
 from ..history import History
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..loops import AbstractProgressMeter
-from ..newton.base import AbstractRootFinder
+from ..newton.base import AbstractRootFinder, check_square
 from ..newton.convergence import AbstractConvergenceTest, Standing
 from ..newton.report import StepReport, told
 from ..newton.reuse import KeepLinearisation
@@ -115,11 +115,7 @@ class AbstractIteration(AbstractRootFinder):
         if options:
             raise ValueError(f"`{name}` takes no options, but got {sorted(options)}.")
         variables = eqx.filter(y, eqx.is_inexact_array)
-        if tree.structure(variables) != f_struct:
-            raise ValueError(
-                "A root find needs as many equations as unknowns, in the same PyTree of the same "
-                f"shapes and dtypes. y is {tree.structure(variables)}, the residual {f_struct}."
-            )
+        check_square(tree.structure(variables), f_struct)
         infinite = jnp.full((), jnp.inf, tree.real_dtype(variables))
         none = jnp.zeros((), jnp.int32)
         return IterationState(

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
 from equinox import AbstractVar
 from jaxtyping import PyTree
@@ -76,3 +77,18 @@ def iterate(
     result = optx.RESULTS.where(exhausted, optx.RESULTS.nonlinear_max_steps_reached, result)
     y, aux, stats = solver.postprocess(fn, y, aux, args, options, state, tags, result)
     return y, aux, result, {**stats, "max_steps": max_steps}
+
+
+def check_square(variables: PyTree, residual: PyTree) -> None:
+    """Raises where the structures of the unknowns and of the residual differ."""
+    if variables == residual:
+        return
+
+    def describe(structure):
+        return jtu.tree_map(lambda x: f"{x.dtype}{list(x.shape)}", structure)
+
+    raise ValueError(
+        "A root find needs as many equations as unknowns, in the same PyTree of the same shapes "
+        f"and dtypes. y is {describe(variables)}, the residual is {describe(residual)}. Reshape or "
+        "cast what `fn` returns to match y."
+    )

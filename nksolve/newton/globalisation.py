@@ -1,7 +1,7 @@
 """What a globalisation is: from the Newton direction to the next trial point, and its verdict."""
 
 import abc
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import lineax as lx
@@ -54,6 +54,19 @@ class Trial(NamedTuple):
     direction: Vector
 
 
+class Shift(NamedTuple):
+    """c M, to be added to J.
+
+    **Attributes:**
+
+    - `factor`: c.
+    - `mass`: M, as a tree like y with its diagonal or a Lineax operator; `None` is the identity.
+    """
+
+    factor: Scalar
+    mass: Any
+
+
 class Judgement(NamedTuple):
     """What a globalisation says of a trial point. Not accepted and not failed: try again."""
 
@@ -70,12 +83,6 @@ class AbstractGlobalisation(eqx.Module, Generic[_State]):
     Laws: a trial point that is not finite is never accepted; a trial that is not accepted leaves y
     as it was; no trial but an accepted one calls for another Krylov solve.
     """
-
-    #: Why a solve ends where no trial point will do.
-    failure: ClassVar[Any] = REASONS.line_search_failed
-    #: What `start` costs: products with J and with Jᵀ.
-    num_matvecs: ClassVar[int] = 0
-    num_transposed_matvecs: ClassVar[int] = 0
 
     @abc.abstractmethod
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _State:
@@ -106,9 +113,17 @@ class AbstractGlobalisation(eqx.Module, Generic[_State]):
         """Raises where the two cannot go together."""
         del linear_solver
 
-    def system(
-        self, state: _State, operator: lx.AbstractLinearOperator
-    ) -> lx.AbstractLinearOperator:
-        """The matrix of the linear system for the direction, J unless overridden."""
+    def shift(self, state: _State) -> Shift | None:
+        """What is added to J in the linear system for the direction."""
         del state
-        return operator
+        return None
+
+    def failure(self, state: _State) -> REASONS:
+        """Why a solve ends where no trial point will do."""
+        del state
+        return REASONS.line_search_failed
+
+    def products(self, state: _State) -> tuple[Count | int, Count | int]:
+        """How many products with J and with Jᵀ `start` makes for a direction."""
+        del state
+        return 0, 0

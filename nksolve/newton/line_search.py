@@ -1,5 +1,6 @@
 """Line searches: trial points y + λ d along the Newton direction."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -30,14 +31,11 @@ class AbstractLineSearch(AbstractGlobalisation[Search]):
 
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> Search:
         del variables, workspace
-        one = jnp.ones_like(norm)
-        return Search(-one, one, 0 * one, one, 0 * one)
+        return begun(-jnp.ones_like(norm))
 
     def start(self, model: Model, state: Search) -> Search:
         del state
-        slope = model.direction.slope
-        one = jnp.ones_like(slope)
-        return Search(slope, one, 0 * one, one, 0 * one)
+        return begun(model.direction.slope)
 
     def displacement(self, state: Search, direction: Vector) -> Vector:
         return tree.scale(state.length, direction)
@@ -92,6 +90,10 @@ class Backtracking(AbstractLineSearch):
     cubic (later) model, kept within [0.1 λ, 0.5 λ]. A trial that is not finite halves λ. Fails
     after `max_trials` trials or below `min_length`.
 
+    A search begins at λ = 1, or at `growth` times the λ that was accepted before where that is
+    less: with a growth of 4, say, a long way of short steps does not cost the same rejected trials
+    again and again.
+
     Source: Dennis & Schnabel, Numerical Methods for Unconstrained Optimization and Nonlinear
     Equations, SIAM 1996, algorithm A6.3.1; as PETSc's `bt`.
     """
@@ -99,6 +101,13 @@ class Backtracking(AbstractLineSearch):
     alpha: float = 1e-4
     min_length: float = 1e-12
     max_trials: int = 40
+    growth: float = math.inf
+
+    def __check_init__(self):
+        check_growth(self.growth)
+
+    def start(self, model: Model, state: Search) -> Search:
+        return begun(model.direction.slope, first_length(state, self.growth))
 
     def judge(self, state: Search, trial: Trial) -> Judgement:
         slope, length, merit = state.slope, state.length, trial.merit
@@ -131,6 +140,24 @@ class Parabolic(AbstractLineSearch):
         usable = (previous > 0) & jnp.isfinite(merit) & jnp.isfinite(state.previous_merit)
         shorter = jnp.where(usable & jnp.isfinite(shorter), shorter, 0.5 * length)
         return retried(state, merit, accepted, shorter, self.min_length, self.max_trials)
+
+
+def begun(slope: Scalar, length: Scalar | None = None) -> Search:
+    """A search with that first length, by default 1."""
+    one = jnp.ones_like(slope)
+    return Search(slope, one if length is None else length, 0 * one, one, 0 * one)
+
+
+def first_length(state: Search, growth: float) -> Scalar:
+    """1, or `growth` times the length that the search before ended with."""
+    longest = growth * state.previous_length
+    return jnp.minimum(jnp.where(state.previous_length > 0, longest, 1), 1)
+
+
+def check_growth(growth: float) -> None:
+    """Raises where lengths could never grow again."""
+    if not growth > 1:
+        raise ValueError(f"`growth` must exceed 1, but it is {growth}.")
 
 
 def linear_norm_along(length: Scalar, direction: Direction) -> Scalar:

@@ -19,10 +19,11 @@ from ..linearise.linearisation import AbstractLinearisable, Linearisation, linea
 from ..linearise.lower import working
 from ..linearise.policies import AbstractPolicy, Linearise
 from ..linearise.tags import holomorphic_tag
+from ..linearise.views import plus_multiple
 from ..loops import AbstractProgressMeter, NoProgressMeter
 from ..results import REASONS, first_of, is_success, to_optimistix
 from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
-from .base import AbstractRootFinder
+from .base import AbstractRootFinder, check_square
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, EisenstatWalker2, Progress
 from .globalisation import AbstractGlobalisation, Model, Trial
@@ -107,7 +108,7 @@ class NewtonKrylov(AbstractRootFinder):
                 "is a field of the solver."
             )
         variables = eqx.filter(y, eqx.is_inexact_array)
-        _check_square(tree.structure(variables), f_struct)
+        check_square(tree.structure(variables), f_struct)
         dtype = tree.real_dtype(variables)
         operator = lambda: working(self._linearise(fn, y, args, tags).operator)
         linear_solver = self.linear_solver.chosen(operator, y, args)
@@ -158,7 +159,8 @@ class NewtonKrylov(AbstractRootFinder):
 
         # Where no direction is wanted the tolerance is infinite, and the solver does nothing.
         eta, forcing = self.forcing.eta(self._progress(state, norm, test_norm), state.forcing)
-        wide = self.globalisation.system(verdict.search, lin.operator)
+        shift = self.globalisation.shift(verdict.search)
+        wide = lin.operator if shift is None else plus_multiple(lin.operator, *shift)
         operator = working(wide)
         wide = None if operator is wide else wide
         point = eqx.combine(trial, static)
@@ -294,7 +296,7 @@ class NewtonKrylov(AbstractRootFinder):
         norm: Scalar,
         test_norm: Scalar,
     ) -> Verdict:
-        is_first = state.trial == 0
+        is_first = jnp.isinf(state.norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(test_norm)
         merit = jnp.where(finite, norm / state.norm, jnp.inf)  # 0 at the initial point
         judged = self.globalisation.judge(
@@ -304,7 +306,7 @@ class NewtonKrylov(AbstractRootFinder):
         failed = running & ~accepted & (judged.failed | is_first)
         least = running & finite & (norm < state.best.norm)
         since_best = jnp.where(least, 0, state.steps_since_best + tree.count(accepted))
-        initial_norm = jnp.where(is_first, test_norm, state.initial_norm)
+        initial_norm = jnp.where(state.trial == 0, test_norm, state.initial_norm)
         atol = jnp.asarray(self.atol).astype(norm.dtype)
         stop, reason = self.convergence(
             Standing(test_norm, initial_norm, atol, self.target(initial_norm), since_best)
@@ -318,17 +320,16 @@ class NewtonKrylov(AbstractRootFinder):
                 (~running, state.reason),
                 (accepted & stop, reason),
                 (failed & ~finite, REASONS.nonfinite),
-                (failed, self.globalisation.failure),
+                (failed, self.globalisation.failure(state.search)),
                 otherwise=REASONS.iterating,
             ),
             search=judged.state,
         )
 
     def _progress(self, state: NewtonState, norm: Scalar, test_norm: Scalar) -> Progress:
-        is_first = state.trial == 0
-        initial_norm = jnp.where(is_first, test_norm, state.initial_norm)
+        initial_norm = jnp.where(state.trial == 0, test_norm, state.initial_norm)
         return Progress(
-            is_first=is_first,
+            is_first=jnp.isinf(state.norm),
             norm=norm,
             previous_norm=state.norm,
             linear_norm=state.norm * self.globalisation.linear_norm(state.search, state.direction),
@@ -353,9 +354,9 @@ class NewtonKrylov(AbstractRootFinder):
         solved = tree.count(verdict.solve)
         updated = tree.count(preconditioner.updated)
         slope_matvecs = solved if linear.descent is None else 0
-        slope_matvecs = slope_matvecs + solved * self.globalisation.num_matvecs
-        transposed = linear.num_transposed_matvecs
-        transposed = transposed + solved * self.globalisation.num_transposed_matvecs
+        products, transposed = self.globalisation.products(state.search)
+        slope_matvecs = slope_matvecs + solved * products
+        transposed = linear.num_transposed_matvecs + solved * transposed
         failed = verdict.solve & (linear.result != lx.RESULTS.successful)
         return Counters(
             num_steps=old.num_steps + tree.count(stepped & verdict.accepted),
@@ -383,17 +384,3 @@ def _slope(operator: Any, minus_f: Vector, linear: KrylovResult, norm: Scalar) -
         descent = tree.vdot(minus_f, operator.mv(linear.value)).real
     slope = -jnp.abs(descent / norm / norm)
     return jnp.where(slope < 0, slope, -jnp.ones_like(slope))
-
-
-def _check_square(variables: PyTree, residual: PyTree) -> None:
-    if variables == residual:
-        return
-
-    def describe(structure):
-        return jtu.tree_map(lambda x: f"{x.dtype}{list(x.shape)}", structure)
-
-    raise ValueError(
-        "A root find needs as many equations as unknowns, in the same PyTree of the same shapes "
-        f"and dtypes. y is {describe(variables)}, the residual is {describe(residual)}. Reshape or "
-        "cast what `fn` returns to match y."
-    )

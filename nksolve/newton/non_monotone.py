@@ -1,5 +1,6 @@
 """A line search that lets ‖F‖ grow now and then."""
 
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -9,7 +10,15 @@ from jaxtyping import Array, Float, PyTree
 from .. import tree
 from ..typing import Scalar, Vector
 from .globalisation import AbstractGlobalisation, Judgement, Model, Trial
-from .line_search import Search, interpolated, linear_norm_along, retried
+from .line_search import (
+    Search,
+    begun,
+    check_growth,
+    first_length,
+    interpolated,
+    linear_norm_along,
+    retried,
+)
 from .state import Direction
 
 
@@ -25,8 +34,8 @@ class NonMonotone(AbstractGlobalisation[_Window]):
 
     Accepts ½‖F(y + λ d)‖² ≤ ½ max_{j < window} ‖F_{k−j}‖² + α λ FᵀJd; otherwise λ is shortened as
     by `nks.Backtracking`. Narrow curved valleys, along which every step to their bottom is tiny,
-    are crossed instead of followed. `window=1` is `nks.Backtracking`. Fails after `max_trials`
-    trials or below `min_length`.
+    are crossed instead of followed. `window=1` is `nks.Backtracking`; `growth` is as there. Fails
+    after `max_trials` trials or below `min_length`.
 
     Source: Grippo, Lampariello & Lucidi, SIAM J. Numer. Anal. 23(4), 1986, (1).
     """
@@ -35,22 +44,21 @@ class NonMonotone(AbstractGlobalisation[_Window]):
     alpha: float = 1e-4
     min_length: float = 1e-12
     max_trials: int = 40
+    growth: float = math.inf
 
     def __check_init__(self):
+        check_growth(self.growth)
         if self.window < 1:
             raise ValueError(f"`window` must be at least 1, but it is {self.window}.")
 
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _Window:
         del variables, workspace
-        one = jnp.ones_like(norm)
-        search = Search(-one, one, 0 * one, one, 0 * one)
-        return _Window(search, jnp.zeros((self.window,), norm.dtype))
+        return _Window(begun(-jnp.ones_like(norm)), jnp.zeros((self.window,), norm.dtype))
 
     def start(self, model: Model, state: _Window) -> _Window:
-        slope = model.direction.slope
-        one = jnp.ones_like(slope)
         norms = jnp.concatenate([model.norm[None], state.norms[:-1]])
-        return _Window(Search(slope, one, 0 * one, one, 0 * one), norms)
+        first = first_length(state.search, self.growth)
+        return _Window(begun(model.direction.slope, first), norms)
 
     def displacement(self, state: _Window, direction: Vector) -> Vector:
         return tree.scale(state.search.length, direction)

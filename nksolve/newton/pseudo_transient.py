@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import lineax as lx
 from jaxtyping import PyTree
 
 from .. import tree
-from ..linearise.views import plus_multiple
 from ..typing import Scalar, ScalarLike, Vector
-from .globalisation import AbstractGlobalisation, Judgement, Model, Trial
+from .globalisation import AbstractGlobalisation, Judgement, Model, Shift, Trial
 from .state import Direction
 
 
@@ -195,7 +193,5 @@ class PseudoTransient(AbstractGlobalisation[_Transient]):
         out = tree.where(accepted, new, tree.where(is_first, state, kept))
         return Judgement(finite, ~finite & (kept.trials >= self.max_trials), out)
 
-    def system(
-        self, state: _Transient, operator: lx.AbstractLinearOperator
-    ) -> lx.AbstractLinearOperator:
-        return plus_multiple(operator, 1 / state.delta, self.mass)
+    def shift(self, state: _Transient) -> Shift:
+        return Shift(1 / state.delta, self.mass)

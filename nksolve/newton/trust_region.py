@@ -1,7 +1,7 @@
 """Trust regions: the radius, and the dogleg path."""
 
 import abc
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.lax as lax
@@ -51,7 +51,9 @@ class AbstractTrustRegion(AbstractGlobalisation[RegionState]):
     min_radius: eqx.AbstractVar[float]
     max_trials: eqx.AbstractVar[int]
 
-    failure: ClassVar[Any] = REASONS.trust_region_failed
+    def failure(self, state: RegionState) -> REASONS:
+        del state
+        return REASONS.trust_region_failed
 
     @abc.abstractmethod
     def nothing(self, variables: Vector, norm: Scalar, workspace: PyTree) -> PyTree:
@@ -149,14 +151,15 @@ class Dogleg(AbstractTrustRegion):
     min_radius: float = 1e-12
     max_trials: int = 40
 
-    num_matvecs: ClassVar[int] = 2
-    num_transposed_matvecs: ClassVar[int] = 1
-
     def __check_init__(self):
         if not self.initial_radius > 0:
             raise ValueError(f"`initial_radius` must be positive, but it is {self.initial_radius}.")
         if not 0 <= self.accept < 0.25:
             raise ValueError(f"`accept` must lie in [0, 1/4), but it is {self.accept}.")
+
+    def products(self, state: RegionState) -> tuple[int, int]:
+        del state
+        return 2, 1
 
     def nothing(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _Path:
         del workspace

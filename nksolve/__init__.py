@@ -110,6 +110,14 @@ from .linearise.policies import (
 )
 from .linearise.sparsity import Pattern as Pattern, find_pattern as find_pattern
 from .linearise.tags import holomorphic_tag as holomorphic_tag
+from .newton.bending import (
+    AbstractBending as AbstractBending,
+    Interior as Interior,
+    Projected as Projected,
+    ProjectedDescent as ProjectedDescent,
+    Shortened as Shortened,
+)
+from .newton.bounds import Feasible as Feasible
 from .newton.convergence import (
     AbstractConvergenceTest as AbstractConvergenceTest,
     ResidualTest as ResidualTest,
@@ -245,6 +253,12 @@ from .precondition.transfer import (
 from .precondition.user import UserPreconditioner as UserPreconditioner
 from .results import REASONS as REASONS, reason_name as reason_name
 from .verbs.compacted import compacted_root_find as compacted_root_find
+from .verbs.complementarity import (
+    AbstractComplementarityFunction as AbstractComplementarityFunction,
+    FischerBurmeister as FischerBurmeister,
+    Mid as Mid,
+    complementarity as complementarity,
+)
 from .verbs.fixed_point import fixed_point as fixed_point
 from .verbs.grid_sequencing import grid_sequence as grid_sequence
 from .verbs.root_find import root_find as root_find

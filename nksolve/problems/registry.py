@@ -38,6 +38,7 @@ from .nonlinear_library_sized import (
     trigonometric,
     variably_dimensioned,
 )
+from .obstacle import obstacle
 from .simple_2d import simple_2d
 from .watson import watson
 
@@ -80,6 +81,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "ferraris-tronconi": ferraris_tronconi,
     "food-web": food_web,
     "laplace": laplace,
+    "obstacle": obstacle,
     "roberts": roberts,
     "robokin": robokin,
     "simple-2d": simple_2d,

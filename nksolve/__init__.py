@@ -16,6 +16,11 @@ from .accelerate.low_rank import (
     Restart as Restart,
 )
 from .accelerate.ngmres import NGMRES as NGMRES
+from .accelerate.nonlinear_preconditioner import NonlinearPreconditioner as NonlinearPreconditioner
+from .accelerate.nonlinearly_preconditioned import (
+    LeftPreconditioned as LeftPreconditioned,
+    RightPreconditioned as RightPreconditioned,
+)
 from .accelerate.picard import Picard as Picard
 from .accelerate.qr_window import (
     AbstractColumnFilter as AbstractColumnFilter,
@@ -259,6 +264,8 @@ from .verbs.complementarity import (
     Mid as Mid,
     complementarity as complementarity,
 )
+from .verbs.deflated import Deflated as Deflated
+from .verbs.deflation import deflate as deflate
 from .verbs.fixed_point import fixed_point as fixed_point
 from .verbs.grid_sequencing import grid_sequence as grid_sequence
 from .verbs.root_find import root_find as root_find

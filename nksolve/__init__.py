@@ -137,11 +137,13 @@ from .newton.forcing import (
 from .newton.globalisation import (
     AbstractGlobalisation as AbstractGlobalisation,
     Judgement as Judgement,
+    Linear as Linear,
     Model as Model,
     Shift as Shift,
     Trial as Trial,
 )
 from .newton.hookstep import Hookstep as Hookstep
+from .newton.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
 from .newton.line_search import (
     Backtracking as Backtracking,
     Damped as Damped,
@@ -149,6 +151,7 @@ from .newton.line_search import (
     Parabolic as Parabolic,
 )
 from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
+from .newton.nleq_err import NLEQErr as NLEQErr
 from .newton.non_monotone import NonMonotone as NonMonotone
 from .newton.pseudo_transient import (
     SER as SER,

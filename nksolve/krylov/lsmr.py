@@ -10,10 +10,13 @@ import lineax as lx
 from jaxtyping import PyTree
 
 from .. import tree
+from ..loops import any_lane
 from ..precondition.base import AbstractPreconditioner, Identity
 from ..typing import Count, Flag, LinearFn, Scalar, ScalarLike, Vector
 from .base import AbstractKrylovSolver, KrylovResult, KrylovState, LinearSystem, check_tolerances
 from .bidiagonal import Bidiagonal, inverse
+from .cycle import Workspace
+from .golub_kahan import allocated, begun, extended, orthogonalised
 
 
 class _Problem(NamedTuple):
@@ -39,6 +42,7 @@ class _Carry(NamedTuple):
     alpha: Scalar
     beta: Scalar
     bidiagonal: Bidiagonal
+    kept: Workspace | None
     norm: Scalar  # the largest ‖B v‖ seen, a lower bound of ‖B‖₂
     residual: Scalar  # ‖r‖
     start: tuple[Scalar, Scalar]  # ‖r‖ and ‖Bᴴr‖ when this round, or the last one, began
@@ -68,6 +72,9 @@ class LSMR(AbstractKrylovSolver):
       which is at most ‖B̄‖₂.
     - `damp`: ≥ 0, may be traced (Levenberg–Marquardt). It damps x, not M x. The Python number 0
       costs nothing.
+    - `kept`: the first so many vectors of the process are kept, and later ones made orthogonal to
+      them: with as many as there are unknowns the iterations are those of exact arithmetic.
+      `nks.LevenbergMarquardt` takes its steps in their space.
     - `max_steps`: bounds the iterations; 10 times the larger dimension by default.
     - `preconditioner`: M⁻¹ ≈ A⁻¹, applied on the right with its transpose. For a rectangular A
       only the option `preconditioner` of `lx.linear_solve` will do: an operator from x's space to
@@ -81,10 +88,11 @@ class LSMR(AbstractKrylovSolver):
     b within the range of A only; with respect to A and `damp` of a damped solve they are refused
     (stack the rows: solve with A over damp·I, b over 0).
 
-    Storage: 4 vectors like x and 2 like b, one more like x with damping. Work: one matvec, one
-    transposed matvec, M⁻¹ and M⁻ᵀ, four reductions an iteration; two transposed and one plain
-    matvec more to verify. The number of iterations goes with the condition number of A M⁻¹ (as
-    CG's on AᴴA): for least squares, singular or very indefinite systems, not in place of GMRES.
+    Storage: 4 vectors like x and 2 like b, one more like x with damping, `kept` more (twice that
+    with a preconditioner). Work: one matvec, one transposed matvec, M⁻¹ and M⁻ᵀ, four reductions an
+    iteration, with `kept` four passes over those vectors; two transposed and one plain matvec more
+    to verify. The number of iterations goes with the condition number of A M⁻¹ (as CG's on AᴴA):
+    for least squares, singular or very indefinite systems, not in place of GMRES.
 
     Source: Fong & Saunders, SIAM J. Sci. Comput. 33(5), 2011, sections 2.8 and 3.
     """
@@ -94,11 +102,14 @@ class LSMR(AbstractKrylovSolver):
     damp: ScalarLike = 0.0
     max_steps: int | None = eqx.field(static=True, default=None)
     preconditioner: AbstractPreconditioner = Identity()
+    kept: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         if isinstance(self.damp, (int, float)) and not self.damp >= 0:
             raise ValueError(f"`damp` must not be negative, but it is {self.damp}.")
+        if self.kept < 0:
+            raise ValueError(f"`kept` must not be negative, but it is {self.kept}.")
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"`max_steps` must not be negative, but it is {self.max_steps}.")
 
@@ -142,9 +153,11 @@ class LSMR(AbstractKrylovSolver):
     def assume_full_rank(self) -> bool:
         return False
 
-    def workspace(self, vector: Vector, *, real: bool) -> PyTree:
-        del vector, real
-        return None
+    def workspace(self, vector: Vector, *, real: bool) -> Workspace | None:
+        if self.kept == 0:
+            return None
+        plain = isinstance(self.preconditioner, Identity)
+        return allocated(vector, self.kept, real=real, plain=plain)
 
     def solve(
         self,
@@ -164,7 +177,9 @@ class LSMR(AbstractKrylovSolver):
         if guess is not None:
             guess = tree.scale(jnp.where(size > 0, 1 / unit, 0 * unit), guess)
         carry = _start(problem, zero, size, guess)
-        end = lax.while_loop(lambda c: ~c.done, lambda c: _step(problem, c), carry)
+        if self.kept:
+            carry = carry._replace(kept=begun(workspace, zero, self.kept, system))
+        end = _iterated(problem, carry)
         applications = jnp.zeros_like(end.steps)
         if system.psolve is not None:  # M⁻¹ with each A, M⁻ᵀ with each Aᵀ; none to verify
             applications = end.steps + end.transposed
@@ -179,7 +194,7 @@ class LSMR(AbstractKrylovSolver):
             num_transposed_matvecs=end.transposed,
             num_preconditioner_applications=applications,
             num_restarts=jnp.maximum(end.rounds - 1, 0),
-            workspace=workspace,
+            workspace=end.kept if self.kept else workspace,
         )
 
     def _problem(
@@ -247,6 +262,7 @@ def _start(problem: _Problem, zero: Vector, size: Scalar, guess: Vector | None) 
         alpha=nothing,
         beta=size,
         bidiagonal=Bidiagonal.begun(nothing, size),
+        kept=None,
         norm=nothing,
         residual=size,
         start=(infinite, infinite),
@@ -261,6 +277,19 @@ def _start(problem: _Problem, zero: Vector, size: Scalar, guess: Vector | None) 
     )
 
 
+def _iterated(problem: _Problem, carry: _Carry) -> _Carry:
+    if carry.kept is None:
+        return lax.while_loop(lambda c: ~c.done, lambda c: _step(problem, c), carry)
+
+    def step(c: _Carry) -> _Carry:
+        new = _step(problem, c)
+        # Not over the vectors that are kept, which a finished lane leaves as they are.
+        small = tree.where(c.done, c._replace(kept=None), new._replace(kept=None))
+        return small._replace(kept=new.kept)
+
+    return lax.while_loop(lambda c: any_lane(~c.done), step, carry)
+
+
 def _step(problem: _Problem, c: _Carry) -> _Carry:
     """α_k v_k = Bᴴu_k − β_k v_{k−1}, with it x_{k−1}; then β_{k+1} u_{k+1} = B v_k − α_k u_k.
 
@@ -269,6 +298,7 @@ def _step(problem: _Problem, c: _Carry) -> _Carry:
     restarting, fresh = c.column < 0, c.column == 0
     image = lax.cond(restarting, lambda: c.v, lambda: problem.backward(c.u))
     w = tree.axpy(jnp.where(fresh, jnp.zeros_like(c.beta), -c.beta), c.v, image)
+    w = orthogonalised(c.kept, w, c.column)
     alpha = jnp.where(restarting, c.alpha, tree.norm2(w))
     c = c._replace(
         v=tree.where(restarting, c.v, tree.scale(inverse(alpha), w)),
@@ -295,6 +325,7 @@ def _step(problem: _Problem, c: _Carry) -> _Carry:
     w = tree.where(restart, tree.sub(origin, image), w)
     beta = jnp.where(done, c.beta, tree.norm2(w))
     finite = jnp.isfinite(beta)
+    kept = extended(c.kept, c.column, c.v, z, alpha, beta, stepping & ~c.done)
     solved = restart & (beta <= problem.target)
     # ‖B v_k‖² = α_k² + β_{k+1}²
     seen = jnp.where(stepping & finite, jnp.maximum(c.norm, jnp.hypot(alpha, beta)), c.norm)
@@ -303,6 +334,7 @@ def _step(problem: _Problem, c: _Carry) -> _Carry:
         u=tree.scale(inverse(beta), w),
         h=tree.axpy(-factor, c.h, z),
         beta=beta,
+        kept=kept,
         norm=seen,
         residual=jnp.where(restart & finite, beta, c.residual),
         start=tuple(

@@ -1,5 +1,6 @@
 """Box constraints: every trial point of a globalisation stays inside."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from ..results import REASONS
 from ..typing import Count, Scalar, Vector
 from .bending import AbstractBending, Projected
 from .box import Box, box, check_order, contains, is_known, projected, step_inside
-from .globalisation import AbstractGlobalisation, Judgement, Model, Shift, Trial
+from .globalisation import AbstractGlobalisation, Judgement, Linear, Model, Shift, Trial
 from .line_search import Backtracking
 from .state import Direction
 
@@ -78,6 +79,9 @@ class Feasible(AbstractGlobalisation[_Inside]):
         search = self.globalisation.init(variables, norm, workspace)
         return _Inside(variables, along, one, search)
 
+    def remember(self, state: _Inside, linear: Callable[[], Linear]) -> _Inside:
+        return state._replace(search=self.globalisation.remember(state.search, linear))
+
     def start(self, model: Model, state: _Inside) -> _Inside:
         along, length = self.bending.direction(self._box(state.point), state.point, model)
         search = self.globalisation.start(model._replace(direction=along), state.search)
@@ -115,6 +119,9 @@ class Feasible(AbstractGlobalisation[_Inside]):
         forward, transposed = self.globalisation.products(state.search)
         more, more_transposed = self.bending.products()
         return forward + more, transposed + more_transposed
+
+    def work(self, state: _Inside) -> tuple[Count | int, Count | int, Count | int]:
+        return self.globalisation.work(state.search)
 
     def _box(self, variables: Vector) -> Box:
         return box(self.lower, self.upper, variables)

@@ -1,6 +1,7 @@
 """What a globalisation is: from the Newton direction to the next trial point, and its verdict."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -8,11 +9,29 @@ import lineax as lx
 from jaxtyping import PyTree
 
 from ..krylov.base import AbstractKrylovSolver
+from ..krylov.system import KrylovState
 from ..results import REASONS
-from ..typing import Count, Flag, Scalar, Vector
+from ..typing import Args, Count, Flag, Scalar, Vector, Y
 from .state import Direction
 
 _State = TypeVar("_State")
+
+
+class Linear(NamedTuple):
+    """What it takes to solve with J.
+
+    **Attributes:**
+
+    - `solver`: the linear solver, which prepares itself at an `operator`, `point` and `args`.
+    - `operator`: J there.
+    - `real`: whether inner products are real.
+    """
+
+    solver: AbstractKrylovSolver
+    operator: lx.AbstractLinearOperator
+    point: Y
+    args: Args
+    real: bool
 
 
 class Model(NamedTuple):
@@ -26,6 +45,7 @@ class Model(NamedTuple):
     - `direction`: d, with FᵀJd/‖F‖² and ‖F + J d‖/‖F‖.
     - `workspace`: of the Krylov method, after its solve, which took `num_restarts` restarts.
     - `wanted`: whether a direction was wanted; elsewhere the rest means nothing.
+    - `linear`: J with its preconditioner.
     """
 
     operator: lx.AbstractLinearOperator
@@ -35,6 +55,7 @@ class Model(NamedTuple):
     workspace: PyTree
     num_restarts: Count
     wanted: Flag
+    linear: KrylovState | None = None
 
 
 class Trial(NamedTuple):
@@ -46,12 +67,16 @@ class Trial(NamedTuple):
     - `value`: F there.
     - `merit`: ‖F(y + s)‖₂/‖F(y)‖₂; infinite where F is not finite, 0 at the initial point.
     - `direction`: that along which it lies.
+    - `running`: whether the solve goes on; elsewhere the judgement means nothing.
+    - `linear`: makes what it takes to solve with J there.
     """
 
     point: Vector
     value: Vector
     merit: Scalar
     direction: Vector
+    running: Flag | bool = True
+    linear: Callable[[], Linear] | None = None
 
 
 class Shift(NamedTuple):
@@ -81,13 +106,18 @@ class AbstractGlobalisation(eqx.Module, Generic[_State]):
     The merit is φ = ‖F(y + s)‖₂ / ‖F(y)‖₂, so that everything is free of scale.
 
     Laws: a trial point that is not finite is never accepted; a trial that is not accepted leaves y
-    as it was; no trial but an accepted one calls for another Krylov solve.
+    as it was; no trial but an accepted one calls for another direction.
     """
 
     @abc.abstractmethod
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _State:
         """The state before the initial point, whose displacement means nothing. `norm` has the
         dtype of norms, `workspace` is that of the Krylov method."""
+
+    def remember(self, state: _State, linear: Callable[[], Linear]) -> _State:
+        """That state with room for what it keeps of a linearisation like that one."""
+        del linear
+        return state
 
     @abc.abstractmethod
     def start(self, model: Model, state: _State) -> _State:
@@ -127,3 +157,8 @@ class AbstractGlobalisation(eqx.Module, Generic[_State]):
         """How many products with J and with Jᵀ `start` makes for a direction."""
         del state
         return 0, 0
+
+    def work(self, state: _State) -> tuple[Count | int, Count | int, Count | int]:
+        """Products with J, with Jᵀ, and applications of M⁻¹ that the last judgement made."""
+        del state
+        return 0, 0, 0

@@ -26,7 +26,7 @@ from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
 from .base import AbstractRootFinder, check_square
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, EisenstatWalker2, Progress
-from .globalisation import AbstractGlobalisation, Model, Trial
+from .globalisation import AbstractGlobalisation, Linear, Model, Trial
 from .line_search import Backtracking
 from .preconditioning import Refreshed, carried_arrays, matvecs_per_application, refreshed
 from .report import Choice, StepReport, print_choice, told
@@ -122,7 +122,7 @@ class NewtonKrylov(AbstractRootFinder):
         return NewtonState(
             trial=none,
             direction=Direction(tree.zeros_like(variables), -one, one, 0 * one),
-            search=self.globalisation.init(variables, one, workspace),
+            search=self.begun_search(fn, y, args, workspace, tags),
             norm=infinite,
             initial_norm=infinite,
             best=Best(variables, infinite, jnp.nan * one, tree.zeros_like(aux_struct)),
@@ -153,9 +153,11 @@ class NewtonKrylov(AbstractRootFinder):
         variables, static = eqx.partition(y, eqx.is_inexact_array)
         step = self.globalisation.displacement(state.search, state.direction.vector)
         trial = tree.add(variables, tree.where(running, step, tree.zeros_like(step)))
-        lin = self._linearise(fn, eqx.combine(trial, static), args, tags)
+        point = eqx.combine(trial, static)
+        lin = self._linearise(fn, point, args, tags)
         norm, test_norm = tree.norm2(lin.value), self.norm(lin.value)
-        verdict = self._judge(state, running, trial, lin.value, norm, test_norm)
+        here = lambda: self._linear(lin.operator, point, args, tags)
+        verdict = self._judge(state, running, trial, lin.value, norm, test_norm, here)
 
         # Where no direction is wanted the tolerance is infinite, and the solver does nothing.
         eta, forcing = self.forcing.eta(self._progress(state, norm, test_norm), state.forcing)
@@ -163,7 +165,6 @@ class NewtonKrylov(AbstractRootFinder):
         wide = lin.operator if shift is None else plus_multiple(lin.operator, *shift)
         operator = working(wide)
         wide = None if operator is wide else wide
-        point = eqx.combine(trial, static)
         linear_solver = self.linear_solver.chosen(lambda: operator, point, args)
         preconditioner = refreshed(
             linear_solver.preconditioner,
@@ -175,17 +176,17 @@ class NewtonKrylov(AbstractRootFinder):
             needed=verdict.solve,
         )
         minus_f = tree.neg(lin.value)
+        solved = KrylovState(operator, preconditioner.operator, wide)
         linear = linear_solver.run(
-            KrylovState(operator, preconditioner.operator, wide),
+            solved,
             minus_f,
             real=_real(variables, tags),
             norm=norm,
             tolerance=jnp.where(verdict.solve, eta * norm, jnp.inf),
             workspace=state.workspace,
         )
-        slope = _slope(lin.operator, minus_f, linear, norm)
-        found = Direction(linear.value, slope, linear.residual_norm / norm, eta)
-        left = linear.workspace, linear.num_restarts, verdict.solve
+        found = Direction.found(lin.operator, minus_f, norm, linear, eta)
+        left = linear.workspace, linear.num_restarts, verdict.solve, solved
         model = Model(lin.operator, minus_f, norm, found, *left)
 
         variables = tree.where(verdict.accepted, trial, variables)
@@ -277,6 +278,16 @@ class NewtonKrylov(AbstractRootFinder):
         static = eqx.filter(y, eqx.is_inexact_array, inverse=True)
         return eqx.combine(state.best.point, static), state.best.aux, stats
 
+    def begun_search(
+        self, fn: Fn, y: Y, args: Args, workspace: PyTree, tags: frozenset[object]
+    ) -> PyTree:
+        """The state of the globalisation before a first point."""
+        variables = eqx.filter(y, eqx.is_inexact_array)
+        one = jnp.ones((), tree.real_dtype(variables))
+        linear = lambda: self._linear(self._linearise(fn, y, args, tags).operator, y, args, tags)
+        search = self.globalisation.init(variables, one, workspace)
+        return self.globalisation.remember(search, linear)
+
     def target(self, initial_norm: Scalar) -> Scalar:
         """atol + rtol ‖F₀‖."""
         atol = jnp.asarray(self.atol).astype(initial_norm.dtype)
@@ -287,6 +298,11 @@ class NewtonKrylov(AbstractRootFinder):
         target = fn if isinstance(fn, AbstractLinearisable) else lambda y, _: fn(y, args)
         return linearise(target, y, has_aux=True, policy=self.policy, tags=tags)
 
+    def _linear(self, operator: Any, y: Y, args: Args, tags: frozenset[object]) -> Linear:
+        solver = self.linear_solver.chosen(lambda: working(operator), y, args)
+        real = _real(eqx.filter(y, eqx.is_inexact_array), tags)
+        return Linear(solver, operator, y, args, real)
+
     def _judge(
         self,
         state: NewtonState,
@@ -295,12 +311,14 @@ class NewtonKrylov(AbstractRootFinder):
         value: Vector,
         norm: Scalar,
         test_norm: Scalar,
+        linear: Callable[[], Linear],
     ) -> Verdict:
         is_first = jnp.isinf(state.norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(test_norm)
         merit = jnp.where(finite, norm / state.norm, jnp.inf)  # 0 at the initial point
         judged = self.globalisation.judge(
-            state.search, Trial(trial, value, merit, state.direction.vector)
+            state.search,
+            Trial(trial, value, merit, state.direction.vector, running, linear),
         )
         accepted = running & finite & judged.accepted
         failed = running & ~accepted & (judged.failed | is_first)
@@ -355,8 +373,10 @@ class NewtonKrylov(AbstractRootFinder):
         updated = tree.count(preconditioner.updated)
         slope_matvecs = solved if linear.descent is None else 0
         products, transposed = self.globalisation.products(state.search)
-        slope_matvecs = slope_matvecs + solved * products
-        transposed = linear.num_transposed_matvecs + solved * transposed
+        judging = self.globalisation.work(verdict.search)
+        slope_matvecs = slope_matvecs + solved * products + judging[0]
+        transposed = linear.num_transposed_matvecs + solved * transposed + judging[1]
+        applications = linear.num_preconditioner_applications + judging[2]
         failed = verdict.solve & (linear.result != lx.RESULTS.successful)
         return Counters(
             num_steps=old.num_steps + tree.count(stepped & verdict.accepted),
@@ -364,9 +384,7 @@ class NewtonKrylov(AbstractRootFinder):
             num_linearisations=old.num_linearisations + tree.count(running),
             num_matvecs=old.num_matvecs + linear.num_matvecs + slope_matvecs,
             num_transposed_matvecs=old.num_transposed_matvecs + transposed,
-            num_preconditioner_applications=(
-                old.num_preconditioner_applications + linear.num_preconditioner_applications
-            ),
+            num_preconditioner_applications=old.num_preconditioner_applications + applications,
             num_preconditioner_updates=(old.num_preconditioner_updates + updated),
             num_probes=old.num_probes + updated * preconditioner.num_probes,
             num_linear_failures=old.num_linear_failures + tree.count(failed),
@@ -375,12 +393,3 @@ class NewtonKrylov(AbstractRootFinder):
 
 def _real(variables: Vector, tags: frozenset[object]) -> bool:
     return as_real_space(variables, holomorphic_tag in tags)
-
-
-def _slope(operator: Any, minus_f: Vector, linear: KrylovResult, norm: Scalar) -> Scalar:
-    """FᵀJd/‖F‖²; negative, as a descent direction's must be."""
-    descent = linear.descent
-    if descent is None:
-        descent = tree.vdot(minus_f, operator.mv(linear.value)).real
-    slope = -jnp.abs(descent / norm / norm)
-    return jnp.where(slope < 0, slope, -jnp.ones_like(slope))

@@ -1,6 +1,6 @@
 """Several globalisations and forcing terms in one program, of which one at a time is at work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ..krylov.base import AbstractKrylovSolver
 from ..results import REASONS
 from ..typing import Count, Scalar, Vector
 from .forcing import AbstractForcing, Progress
-from .globalisation import AbstractGlobalisation, Judgement, Model, Shift, Trial
+from .globalisation import AbstractGlobalisation, Judgement, Linear, Model, Shift, Trial
 from .state import Direction
 
 
@@ -40,6 +40,9 @@ class Relay(AbstractGlobalisation[RelayState]):
         states = tuple(m.init(variables, norm, workspace) for m in self.members)
         return RelayState(jnp.zeros((), jnp.int32), states)
 
+    def remember(self, state: RelayState, linear: Callable[[], Linear]) -> RelayState:
+        return self._each(state, lambda _, m, s: m.remember(s, linear))
+
     def start(self, model: Model, state: RelayState) -> RelayState:
         def one(k, member, old):
             mine = state.turn == k
@@ -58,7 +61,10 @@ class Relay(AbstractGlobalisation[RelayState]):
         return self._of_turn(state, lambda m, s: m.linear_norm(s, direction))
 
     def judge(self, state: RelayState, trial: Trial) -> Judgement:
-        judged = [m.judge(s, trial) for m, s in zip(self.members, state.members, strict=True)]
+        judged = [
+            m.judge(s, trial._replace(running=trial.running & (state.turn == k)))
+            for k, (m, s) in enumerate(zip(self.members, state.members, strict=True))
+        ]
         accepted = chosen(state.turn, [j.accepted for j in judged])
         failed = chosen(state.turn, [j.failed for j in judged])
         after = self._each(
@@ -93,6 +99,12 @@ class Relay(AbstractGlobalisation[RelayState]):
         forward, transposed = zip(*made, strict=True)
         count = lambda values: chosen(state.turn, [jnp.asarray(v, jnp.int32) for v in values])
         return count(forward), count(transposed)
+
+    def work(self, state: RelayState) -> tuple[Count, Count, Count]:
+        made = [m.work(s) for m, s in zip(self.members, state.members, strict=True)]
+        count = lambda values: chosen(state.turn, [jnp.asarray(v, jnp.int32) for v in values])
+        matvecs, transposed, applications = zip(*made, strict=True)
+        return count(matvecs), count(transposed), count(applications)
 
     def _each(self, state, fn):
         pairs = zip(self.members, state.members, strict=True)

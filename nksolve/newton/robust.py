@@ -229,10 +229,13 @@ class Robust(AbstractRootFinder):
         past = Past(state.initial, inner.best.point, variables, inner.direction.vector)
         point = chosen(following, [a.start.point(past) for a in self.attempts])
         variables = tree.where(handing, point, variables)
-        inner = tree.where(handing, self._begun(inner, following), inner)
+        y = eqx.combine(variables, static)
+        # A search from there: bounds take the point inside.
+        fresh = self.newton.begun_search(fn, y, args, inner.workspace, tags)
+        inner = tree.where(handing, self._begun(inner, fresh, following), inner)
         trials = jnp.where(handing, jnp.zeros_like(trials), trials)
         new = RobustState(inner, state.initial, following, trials, reasons)
-        return eqx.combine(variables, static), new, aux
+        return y, new, aux
 
     def terminate(
         self,
@@ -262,20 +265,17 @@ class Robust(AbstractRootFinder):
         made = {"num_attempts": state.attempt + 1, "attempt_reasons": state.reasons}
         return y, aux, stats | made
 
-    def _begun(self, inner: NewtonState, attempt: Count) -> NewtonState:
+    def _begun(self, inner: NewtonState, fresh: RelayState, attempt: Count) -> NewtonState:
         """The iteration before the first point of an attempt: what it knows of directions and
         norms is forgotten, what it has counted and the best point are not."""
-        newton, vector = self.newton, tree.zeros_like(inner.direction.vector)
-        one = jnp.ones_like(inner.norm)
-        globalisation, forcing = newton.globalisation, newton.forcing
+        vector, one = tree.zeros_like(inner.direction.vector), jnp.ones_like(inner.norm)
         search: RelayState = inner.search
-        fresh = globalisation.init(vector, one, inner.workspace)
         terms: RelayState = inner.forcing
         return inner._replace(
             direction=Direction(vector, -one, one, 0 * one),
             search=search.handed(fresh, attempt),
             norm=jnp.full_like(inner.norm, jnp.inf),
             steps_since_best=jnp.zeros_like(inner.steps_since_best),
-            forcing=terms.handed(forcing.init(one.dtype), attempt),
+            forcing=terms.handed(self.newton.forcing.init(one.dtype), attempt),
             reason=REASONS.iterating,
         )

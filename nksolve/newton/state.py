@@ -2,9 +2,13 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
+import lineax as lx
 from jaxtyping import PyTree
 
+from .. import tree
 from ..history import History
+from ..krylov.base import KrylovResult
 from ..results import REASONS
 from ..typing import Aux, Count, Flag, Scalar, Vector
 
@@ -16,6 +20,23 @@ class Direction(NamedTuple):
     slope: Scalar  # FᵀJd / ‖F‖₂²
     residual: Scalar  # ‖F + J d‖₂ / ‖F‖₂
     eta: Scalar
+
+    @staticmethod
+    def found(
+        operator: lx.AbstractLinearOperator,
+        minus_f: Vector,
+        norm: Scalar,
+        linear: KrylovResult,
+        eta: Scalar,
+    ) -> "Direction":
+        """That of a linear solve with J for −F to the tolerance η ‖F‖, ‖F‖ = `norm`."""
+        descent = linear.descent
+        if descent is None:
+            descent = tree.vdot(minus_f, operator.mv(linear.value)).real
+        # FᵀJd < 0, as a descent direction's must be.
+        slope = -jnp.abs(descent / norm / norm)
+        slope = jnp.where(slope < 0, slope, -jnp.ones_like(slope))
+        return Direction(linear.value, slope, linear.residual_norm / norm, eta)
 
 
 class Best(NamedTuple):

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", action="store_true", help="equilibrium layers, with torchdeq")
     parser.add_argument("--ode", action="store_true", help="stiff integrators, with CVODE")
     parser.add_argument("--counts", action="store_true", help="equilibrium cells, no clock")
+    parser.add_argument("--nonlinear", action="store_true", help="the 23 problems, no clock")
     parser.add_argument("--small", action="store_true", help="tiny problems, to see that it runs")
     parser.add_argument(
         "--write", action="store_true", help="write the tables into docs/validation"
@@ -117,6 +118,10 @@ def main(argv: list[str] | None = None) -> None:
 
         page = equilibrium_counts.PAGE
         text = machine() + "\n\n" + equilibrium_counts.report(**chosen)
+    elif options.nonlinear:
+        from . import nonlinear
+
+        page, text = nonlinear.PAGE, machine() + "\n\n" + nonlinear.report(**chosen)
     elif options.advice:
         from . import advice
 

@@ -174,6 +174,7 @@ from .newton.robust import (
     FromInitial as FromInitial,
     Robust as Robust,
 )
+from .newton.tightened import Tightened as Tightened
 from .newton.trust_region import AbstractTrustRegion as AbstractTrustRegion, Dogleg as Dogleg
 from .precondition.algebraic_multigrid import AlgebraicMultigrid as AlgebraicMultigrid
 from .precondition.auto import Auto as Auto

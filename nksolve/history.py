@@ -2,11 +2,29 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from . import tree
 from .results import REASONS, code
-from .typing import Count, Flag, Scalar
+from .typing import Count, Flag, Norm, Scalar, Vector
+
+
+class PerLeaf(eqx.Module):
+    """A history of so many trials with the residual norm of each leaf beside that of all.
+
+    For `history_length=` of a solver: an equation that is never solved shows. Norms are those of
+    the convergence test, of the residual with the other leaves set to zero.
+
+    Work: a norm of the residual for each leaf, once a trial.
+    """
+
+    length: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"`PerLeaf(length)` must be at least 1, but it is {self.length!r}.")
 
 
 class History(eqx.Module):
@@ -22,6 +40,8 @@ class History(eqx.Module):
     - `reason`: the code of the reason (see `nks.reason_name`): `iterating`, and in the last row
       why the solve stopped (but for `max_steps`, which is known only afterwards). In
       `nks.Robust` the last row of each attempt says why it ended.
+    - `leaf_norms`: ‖F‖ leaf by leaf, by the place of the leaf (`y['u']`, `y.flow`); empty unless
+      `nks.PerLeaf` asked for it.
     """
 
     norm: Float[Array, " length"]
@@ -30,10 +50,14 @@ class History(eqx.Module):
     step_length: Float[Array, " length"]
     accepted: Bool[Array, " length"]
     reason: Int[Array, " length"]
+    leaf_norms: dict[str, Float[Array, " length"]] = eqx.field(default_factory=dict)
 
     @staticmethod
-    def empty(length: int, dtype: np.dtype) -> "History":
-        """No rows."""
+    def empty(length: int | PerLeaf, dtype: np.dtype, residual: tree.Structure = ()) -> "History":
+        """No rows, for residuals of that structure."""
+        places: list[str] = []
+        if isinstance(length, PerLeaf):
+            length, places = length.length, [place for place, _ in _by_leaf(residual)]
         nan = jnp.full((length,), jnp.nan, dtype)
         return History(
             norm=nan,
@@ -42,6 +66,7 @@ class History(eqx.Module):
             step_length=nan,
             accepted=jnp.zeros((length,), bool),
             reason=jnp.zeros((length,), jnp.int32) + code(REASONS.iterating),
+            leaf_norms=dict.fromkeys(places, nan),
         )
 
     def record(
@@ -55,8 +80,13 @@ class History(eqx.Module):
         step_length: Scalar,
         accepted: Flag,
         reason: REASONS,
+        value: Vector = (),
+        of: Norm = tree.norm2,
     ) -> "History":
-        """The history with one row written `when` the flag holds."""
+        """The history with one row written `when` the flag holds.
+
+        The residual is `value`, and `norm` is `of(value)`.
+        """
         index = jnp.arange(self.norm.shape[0], dtype=jnp.int32)
         here = (index == row) & when
 
@@ -70,6 +100,10 @@ class History(eqx.Module):
             step_length=write(self.step_length, step_length),
             accepted=write(self.accepted, accepted),
             reason=write(self.reason, code(reason)),
+            leaf_norms={
+                place: write(self.leaf_norms[place], of(alone))
+                for place, alone in (_by_leaf(value) if self.leaf_norms else ())
+            },
         )
 
     def ended(self, row: Count, when: Flag, reason: REASONS) -> "History":
@@ -77,3 +111,17 @@ class History(eqx.Module):
         here = (jnp.arange(self.reason.shape[0], dtype=jnp.int32) == row) & when
         new = jnp.where(here, code(reason).astype(self.reason.dtype), self.reason)
         return eqx.tree_at(lambda h: h.reason, self, new)
+
+
+def _by_leaf(value: Vector | tree.Structure) -> list[tuple[str, Vector]]:
+    """The vector with all leaves but one set to zero, for each leaf, and its place."""
+    paths, treedef = jtu.tree_flatten_with_path(value)
+    leaves = [leaf for _, leaf in paths]
+    zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    return [
+        (
+            f"y{jtu.keystr(path)}",
+            jtu.tree_unflatten(treedef, [*zeros[:i], leaves[i], *zeros[i + 1 :]]),
+        )
+        for i, (path, _) in enumerate(paths)
+    ]

@@ -11,7 +11,7 @@ from equinox import AbstractVar
 from jaxtyping import PyTree
 
 from .. import tree
-from ..history import History
+from ..history import History, PerLeaf
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..loops import AbstractProgressMeter
 from ..newton.base import AbstractRootFinder, check_square
@@ -85,7 +85,7 @@ class AbstractIteration(AbstractRootFinder):
     """
 
     convergence: AbstractVar[AbstractConvergenceTest]
-    history_length: AbstractVar[int]
+    history_length: AbstractVar[int | PerLeaf]
     progress_meter: AbstractVar[AbstractProgressMeter]
     verbose: AbstractVar[bool | Callable[[StepReport], None]]
 
@@ -130,7 +130,9 @@ class AbstractIteration(AbstractRootFinder):
             num_fn_evals=none,
             counters=Counters(*(none for _ in Counters._fields)),
             history=(
-                History.empty(self.history_length, infinite.dtype) if self.history_length else None
+                History.empty(self.history_length, infinite.dtype, f_struct)
+                if self.history_length
+                else None
             ),
             meter=self.progress_meter.init(),
         )
@@ -202,7 +204,7 @@ class AbstractIteration(AbstractRootFinder):
             "step_length": jnp.where(is_first, 0, jnp.exp2(-state.halvings.astype(norm.dtype))),
             "accepted": kept,
         }
-        new = told(self, state, new, running, row)
+        new = told(self, state, new, running, row, lin.value)
         return eqx.combine(tree.where(kept, trial, variables), static), new, new.best.aux
 
     def terminate(

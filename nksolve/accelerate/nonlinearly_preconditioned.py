@@ -11,6 +11,7 @@ from equinox import AbstractVar
 from jaxtyping import Array
 
 from .. import tree
+from ..history import PerLeaf
 from ..krylov.base import AbstractKrylovSolver
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..linearise.policies import AbstractPolicy
@@ -77,6 +78,11 @@ class AbstractNonlinearlyPreconditioned(AbstractRootFinder):
             raise TypeError(
                 f"`{name}` takes an `nks.NonlinearPreconditioner(inner)`, but got "
                 f"{self.preconditioner!r}."
+            )
+        if isinstance(self.solver.history_length, PerLeaf):
+            raise ValueError(
+                f"`{name}` records ‖F‖ alone: give its solver an integer `history_length`, not "
+                "`nks.PerLeaf`."
             )
 
     @abc.abstractmethod

@@ -14,12 +14,13 @@ from ..linearise.policies import AbstractPolicy, Linearise
 from ..loops import AbstractProgressMeter, NoProgressMeter
 from ..newton.base import AbstractRootFinder
 from ..newton.convergence import AbstractConvergenceTest, ResidualTest
-from ..newton.forcing import AbstractForcing, EisenstatWalker2
+from ..newton.forcing import AbstractForcing
 from ..newton.globalisation import AbstractGlobalisation
 from ..newton.line_search import Backtracking
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.report import StepReport
 from ..newton.state import NewtonState
+from ..newton.tightened import Tightened
 from ..typing import Args, Aux, Flag, Fn, Norm, ScalarLike, Y
 
 
@@ -52,7 +53,7 @@ class Switching(AbstractRootFinder):
     atol: ScalarLike
     norm: Norm = tree.norm2
     linear_solver: SwitchingLinear = SwitchingLinear()
-    forcing: AbstractForcing = EisenstatWalker2()
+    forcing: AbstractForcing = Tightened()
     globalisation: AbstractGlobalisation = Backtracking()
     convergence: AbstractConvergenceTest = ResidualTest()
     policy: AbstractPolicy = Linearise()

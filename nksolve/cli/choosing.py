@@ -9,7 +9,8 @@ from .. import tree
 from ..krylov.auto import AutoLinear
 from ..krylov.base import AbstractKrylovSolver
 from ..krylov.gmres import GMRES
-from ..newton.forcing import AbstractForcing, ConstantForcing, EisenstatWalker2
+from ..newton.forcing import AbstractForcing, ConstantForcing
+from ..newton.tightened import Tightened
 from ..precondition.multigrid import Multigrid
 from ..precondition.transfer import (
     AbstractTransfer,
@@ -41,7 +42,7 @@ def choose(
     n = tree.size(structure)
     # Loose solves of a few unknowns save nothing, and the line search then stalls on Rosenbrock's
     # function: exact Newton where one cycle solves the linear system anyway.
-    forcing = ConstantForcing(1e-6) if n <= restart else EisenstatWalker2()
+    forcing = ConstantForcing(1e-6) if n <= restart else Tightened()
     if method is Method.gmres:
         return GMRES(restart=restart), forcing, "GMRES without preconditioner: as asked"
     multigrid = _multigrid(problem)

@@ -96,6 +96,9 @@ class Feasible(AbstractGlobalisation[_Inside]):
     def step_length(self, state: _Inside) -> Scalar:
         return state.length * self.globalisation.step_length(state.search)
 
+    def held_length(self, state: _Inside) -> Scalar:
+        return self.globalisation.held_length(state.search)
+
     def linear_norm(self, state: _Inside, direction: Direction) -> Scalar:
         del direction
         return self.globalisation.linear_norm(state.search, state.along)

@@ -67,6 +67,9 @@ class CriticalPoint(AbstractGlobalisation[_Secant]):
     def step_length(self, state: _Secant) -> Scalar:
         return state.length
 
+    def held_length(self, state: _Secant) -> Scalar:
+        return jnp.ones_like(state.length)  # λ is what the secants found
+
     def linear_norm(self, state: _Secant, direction: Direction) -> Scalar:
         return linear_norm_along(state.length, direction)
 

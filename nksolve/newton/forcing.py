@@ -24,6 +24,7 @@ class Progress(NamedTuple):
     linear_norm: Scalar  # ‖F_{k−1} + J_{k−1} s_{k−1}‖ for the step that was taken
     previous_eta: Scalar  # η_{k−1}
     target: Scalar  # tolerance of the convergence test as a fraction of the current norm in it
+    length: Scalar | float = 1.0  # of that step in units of d where longer ones would not do
 
 
 class AbstractForcing(eqx.Module, Generic[_State]):
@@ -49,7 +50,7 @@ class ConstantForcing(AbstractForcing[None]):
     value: float = 0.1
 
     def __check_init__(self):
-        _check_unit("value", self.value)
+        check_unit("value", self.value)
 
     def init(self, dtype: np.dtype) -> None:
         return None
@@ -73,8 +74,8 @@ class EisenstatWalker1(AbstractForcing[None]):
     threshold: float = 0.1
 
     def __check_init__(self):
-        _check_unit("eta_0", self.eta_0)
-        _check_unit("eta_max", self.eta_max)
+        check_unit("eta_0", self.eta_0)
+        check_unit("eta_max", self.eta_max)
 
     def init(self, dtype: np.dtype) -> None:
         return None
@@ -86,7 +87,7 @@ class EisenstatWalker1(AbstractForcing[None]):
 
 
 class EisenstatWalker2(AbstractForcing[None]):
-    """η_k = γ (‖F_k‖/‖F_{k−1}‖)^α. The default.
+    """η_k = γ (‖F_k‖/‖F_{k−1}‖)^α.
 
     Safeguard: η_k ≥ γ η_{k−1}^α where that exceeds `threshold`; final guard η_k ≥ ½ tol/‖F_k‖;
     η_k ≤ `eta_max`.
@@ -103,8 +104,8 @@ class EisenstatWalker2(AbstractForcing[None]):
     threshold: float = 0.1
 
     def __check_init__(self):
-        _check_unit("eta_0", self.eta_0)
-        _check_unit("eta_max", self.eta_max)
+        check_unit("eta_0", self.eta_0)
+        check_unit("eta_max", self.eta_max)
         if not 0 <= self.gamma <= 1 or not 1 < self.alpha <= 2:
             raise ValueError("`gamma` must lie in [0, 1] and `alpha` in (1, 2].")
 
@@ -125,6 +126,7 @@ def _guarded(
     return jnp.clip(jnp.maximum(eta, 0.5 * progress.target), 0.0, rule.eta_max)
 
 
-def _check_unit(name: str, value: float) -> None:
+def check_unit(name: str, value: float) -> None:
+    """Raises unless 0 ≤ value < 1."""
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must lie in [0, 1), but it is {value}.")

@@ -131,6 +131,10 @@ class AbstractGlobalisation(eqx.Module, Generic[_State]):
     def step_length(self, state: _State) -> Scalar:
         """The length of that step as a fraction of the direction."""
 
+    def held_length(self, state: _State) -> Scalar:
+        """That length where the step is short because longer ones would not do, otherwise 1."""
+        return self.step_length(state)
+
     @abc.abstractmethod
     def linear_norm(self, state: _State, direction: Direction) -> Scalar:
         """‖F + J s‖/‖F‖, what the linear model promises of that step."""

@@ -1,6 +1,5 @@
 """Line searches: trial points y + λ d along the Newton direction."""
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -75,6 +74,9 @@ class Damped(AbstractLineSearch):
     def start(self, model: Model, state: Search) -> Search:
         return self._shortened(super().start(model, state))
 
+    def held_length(self, state: Search) -> Scalar:
+        return jnp.ones_like(state.length)  # λ was chosen before any trial
+
     def judge(self, state: Search, trial: Trial) -> Judgement:
         finite = jnp.isfinite(trial.merit)
         return Judgement(finite, ~finite, state)
@@ -91,8 +93,8 @@ class Backtracking(AbstractLineSearch):
     after `max_trials` trials or below `min_length`.
 
     A search begins at λ = 1, or at `growth` times the λ that was accepted before where that is
-    less: with a growth of 4, say, a long way of short steps does not cost the same rejected trials
-    again and again.
+    less: a long way of short steps does not cost the same rejected trials again and again.
+    `math.inf` always begins at 1.
 
     Source: Dennis & Schnabel, Numerical Methods for Unconstrained Optimization and Nonlinear
     Equations, SIAM 1996, algorithm A6.3.1; as PETSc's `bt`.
@@ -101,7 +103,7 @@ class Backtracking(AbstractLineSearch):
     alpha: float = 1e-4
     min_length: float = 1e-12
     max_trials: int = 40
-    growth: float = math.inf
+    growth: float = 2.0
 
     def __check_init__(self):
         check_growth(self.growth)

@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .. import tree
-from ..history import History
+from ..history import History, PerLeaf
 from ..krylov.base import AbstractKrylovSolver, KrylovResult, KrylovState, check_tolerances
 from ..krylov.basis import as_real_space
 from ..krylov.gmres import GMRES
@@ -25,12 +25,13 @@ from ..results import REASONS, first_of, is_success, to_optimistix
 from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
 from .base import AbstractRootFinder, check_square
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
-from .forcing import AbstractForcing, EisenstatWalker2, Progress
+from .forcing import AbstractForcing, Progress
 from .globalisation import AbstractGlobalisation, Linear, Model, Trial
 from .line_search import Backtracking
 from .preconditioning import Refreshed, carried_arrays, matvecs_per_application, refreshed
 from .report import Choice, StepReport, print_choice, told
 from .state import Best, Counters, Direction, NewtonState, Verdict
+from .tightened import Tightened
 
 
 class NewtonKrylov(AbstractRootFinder):
@@ -56,7 +57,8 @@ class NewtonKrylov(AbstractRootFinder):
     - `policy`: what a linearisation stores; see `nks.Linearise`.
     - `step_tol`: give up (`step_small`) where a step changes no entry of y by more than `step_tol`
       of itself; the unit round-off of y by default.
-    - `history_length`: keep records of so many trials in `stats["history"]`; 0 for none.
+    - `history_length`: keep records of so many trials in `stats["history"]`; 0 for none,
+      `nks.PerLeaf(n)` for records of n trials with the norm of each leaf.
     - `progress_meter`: a meter of `equinox.internal` (`TextProgressMeter()`, …), stepping with
       log ‖F‖.
     - `verbose`: print a line at each trial, or call `verbose(report)` with an `nks.StepReport`.
@@ -73,12 +75,12 @@ class NewtonKrylov(AbstractRootFinder):
     atol: ScalarLike
     norm: Norm = tree.norm2
     linear_solver: AbstractKrylovSolver = GMRES()
-    forcing: AbstractForcing = EisenstatWalker2()
+    forcing: AbstractForcing = Tightened()
     globalisation: AbstractGlobalisation = Backtracking()
     convergence: AbstractConvergenceTest = ResidualTest()
     policy: AbstractPolicy = Linearise()
     step_tol: float | None = None
-    history_length: int = eqx.field(static=True, default=0)
+    history_length: int | PerLeaf = eqx.field(static=True, default=0)
     progress_meter: AbstractProgressMeter = NoProgressMeter()
     verbose: bool | Callable[[StepReport], None] = eqx.field(static=True, default=False)
 
@@ -132,7 +134,9 @@ class NewtonKrylov(AbstractRootFinder):
             workspace=workspace,
             reason=REASONS.iterating,
             counters=Counters(*(none for _ in Counters._fields)),
-            history=History.empty(self.history_length, dtype) if self.history_length else None,
+            history=(
+                History.empty(self.history_length, dtype, f_struct) if self.history_length else None
+            ),
             meter=self.progress_meter.init(),
         )
 
@@ -224,7 +228,7 @@ class NewtonKrylov(AbstractRootFinder):
             "step_length": jnp.where(state.trial == 0, jnp.zeros_like(length), length),
             "accepted": verdict.accepted,
         }
-        new = told(self, state, new, running, row)
+        new = told(self, state, new, running, row, lin.value)
         return eqx.combine(variables, static), new, new.best.aux
 
     def terminate(
@@ -353,6 +357,7 @@ class NewtonKrylov(AbstractRootFinder):
             linear_norm=state.norm * self.globalisation.linear_norm(state.search, state.direction),
             previous_eta=state.direction.eta,
             target=self.target(initial_norm) / test_norm,
+            length=self.globalisation.held_length(state.search),
         )
 
     def _changes_nothing(self, step: Vector, variables: Vector) -> Flag:

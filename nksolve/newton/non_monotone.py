@@ -1,6 +1,5 @@
 """A line search that lets ‖F‖ grow now and then."""
 
-import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -44,7 +43,7 @@ class NonMonotone(AbstractGlobalisation[_Window]):
     alpha: float = 1e-4
     min_length: float = 1e-12
     max_trials: int = 40
-    growth: float = math.inf
+    growth: float = 2.0
 
     def __check_init__(self):
         check_growth(self.growth)

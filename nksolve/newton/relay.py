@@ -57,6 +57,9 @@ class Relay(AbstractGlobalisation[RelayState]):
     def step_length(self, state: RelayState) -> Scalar:
         return self._of_turn(state, lambda m, s: m.step_length(s))
 
+    def held_length(self, state: RelayState) -> Scalar:
+        return self._of_turn(state, lambda m, s: m.held_length(s))
+
     def linear_norm(self, state: RelayState, direction: Direction) -> Scalar:
         return self._of_turn(state, lambda m, s: m.linear_norm(s, direction))
 

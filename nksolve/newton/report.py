@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..loops import NoProgressMeter
 from ..results import REASONS, code, is_success, reason_name
-from ..typing import Count, Flag
+from ..typing import Count, Flag, Vector
 
 
 class StepReport(NamedTuple):
@@ -53,13 +53,15 @@ def print_report(report: StepReport) -> None:
     print(f"{line}   {report.reason}" if report.reason else line)
 
 
-def told(solver: Any, old: Any, new: Any, running: Flag, row: dict[str, Any]) -> Any:
+def told(solver: Any, old: Any, new: Any, running: Flag, row: dict[str, Any], value: Vector) -> Any:
     """The new state after a trial was recorded, printed and metered, where the solver asks to.
 
-    `row` holds `norm`, `eta`, `num_matvecs`, `step_length` and `accepted` of the trial.
+    `row` holds `norm`, `eta`, `num_matvecs`, `step_length` and `accepted` of the trial, `value` is
+    the residual there.
     """
     if new.history is not None:
-        history = new.history.record(old.trial, running, reason=new.reason, **row)
+        leaves = {"value": value, "of": solver.norm}
+        history = new.history.record(old.trial, running, reason=new.reason, **row, **leaves)
         new = new._replace(history=history)
     if solver.verbose:
         receiver = print_report if solver.verbose is True else solver.verbose

@@ -18,7 +18,7 @@ from ..results import REASONS, code, is_success
 from ..typing import Args, Aux, Count, Flag, Fn, Norm, ScalarLike, Vector, Y
 from .base import AbstractRootFinder
 from .convergence import AbstractConvergenceTest, ResidualTest
-from .forcing import AbstractForcing, ConstantForcing, EisenstatWalker2
+from .forcing import AbstractForcing, ConstantForcing
 from .globalisation import AbstractGlobalisation
 from .line_search import Backtracking, FullStep
 from .newton_krylov import NewtonKrylov
@@ -27,6 +27,7 @@ from .pseudo_transient import PseudoTransient
 from .relay import Relay, RelayForcing, RelayState, chosen
 from .report import StepReport
 from .state import Direction, NewtonState
+from .tightened import Tightened
 from .trust_region import Dogleg
 
 
@@ -87,7 +88,7 @@ class Attempt(eqx.Module):
     """A globalisation and a forcing term, from a start, for at most so many trials."""
 
     globalisation: AbstractGlobalisation
-    forcing: AbstractForcing = EisenstatWalker2()
+    forcing: AbstractForcing = Tightened()
     start: AbstractStart = FromBest()
     max_trials: int = eqx.field(static=True, default=50)
 
@@ -99,8 +100,8 @@ class Attempt(eqx.Module):
 _EXACT = ConstantForcing(1e-8)
 
 ATTEMPTS = (
-    Attempt(Backtracking(), EisenstatWalker2(), FromInitial(), 40),
-    Attempt(NonMonotone(growth=2.0), _EXACT, FromInitial(), 110),
+    Attempt(Backtracking(), Tightened(), FromInitial(), 40),
+    Attempt(NonMonotone(), _EXACT, FromInitial(), 110),
     Attempt(Dogleg(), _EXACT, FromBest(), 30),
     Attempt(PseudoTransient(0.1), _EXACT, FromInitial(), 40),
     Attempt(FullStep(), _EXACT, FromInitial(), 40),

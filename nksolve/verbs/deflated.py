@@ -35,8 +35,10 @@ class Deflated(AbstractRootFinder):
 
     **Arguments:**
 
-    - `solver`: an `nks.NewtonKrylov` with a line search (`Backtracking()`, `FullStep()`, …). With a
-      trust region, whose step is no multiple of s_F, use `nks.deflate(fn, roots)`.
+    - `solver`: an `nks.NewtonKrylov` with a line search: `FullStep()`, or
+      `Backtracking(growth=math.inf)`, which jumps over the poles at known roots where its default
+      creeps up to them. With a trust region, whose step is no multiple of s_F, use
+      `nks.deflate(fn, roots)`.
     - `roots`, `power`, `shift`, `scale`: as for `nks.deflate`.
 
     Derivatives are those of a root of F, whatever the known roots.
@@ -245,6 +247,9 @@ class _Turned(AbstractGlobalisation[_TurnedState]):
 
     def step_length(self, state: _TurnedState) -> Scalar:
         return self.search.step_length(state.search)
+
+    def held_length(self, state: _TurnedState) -> Scalar:
+        return self.search.held_length(state.search)
 
     def linear_norm(self, state: _TurnedState, direction: Direction) -> Scalar:
         return self.search.linear_norm(state.search, self._turned(state.tau, direction))

@@ -1,5 +1,6 @@
 """The benchmark still runs; nothing here looks at a time."""
 
+from benchmarks import nonlinear
 from benchmarks.choices import competitors
 from benchmarks.rows import rows
 from benchmarks.table import solve_table
@@ -19,3 +20,14 @@ def test_a_row_is_measured_counted_and_printed():
     assert ours.evaluations == ours.steps + 1
     assert ours.ratio <= row.rtol
     assert solve_table(row, measurements).count("\n") == 3 + len(chosen)
+
+
+def test_the_nonlinear_table_is_made():
+    text = nonlinear.report(small=True, only=[], repeats=1, budget=10.0)
+    lines = text.splitlines()
+    wood = next(line for line in lines if line.startswith("| wood"))
+    robust, newton = (cell.strip() for cell in wood.split("|")[2:4])
+    # Steps / work of a solved problem; the first attempt of `Robust` is `NewtonKrylov`.
+    assert robust == newton
+    assert "/" in newton
+    assert "**2** | **2**" in lines[-1]

@@ -1,5 +1,7 @@
 """Deflation: every root of problems whose roots are known, and the step without another solve."""
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,12 @@ SUCCESS = ("residual_atol", "residual_rtol")
 
 
 def newton(atol=1e-10, **keywords):
-    tight = {"linear_solver": nks.GMRES(restart=70), "forcing": nks.ConstantForcing(1e-9)}
+    tight = {
+        "linear_solver": nks.GMRES(restart=70),
+        "forcing": nks.ConstantForcing(1e-9),
+        # A root that is known is a pole of G, and full steps jump over it.
+        "globalisation": nks.Backtracking(growth=math.inf),
+    }
     return nks.NewtonKrylov(0.0, atol, history_length=64, **(tight | keywords))
 
 

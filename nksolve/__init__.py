@@ -43,7 +43,7 @@ from .adjoint.splitting import (
     ForwardPreconditioner as ForwardPreconditioner,
     NegativeIdentity as NegativeIdentity,
 )
-from .history import History as History
+from .history import History as History, PerLeaf as PerLeaf
 from .krylov.auto import AutoLinear as AutoLinear
 from .krylov.base import AbstractKrylovSolver as AbstractKrylovSolver
 from .krylov.bicgstab import BiCGStab as BiCGStab
@@ -115,26 +115,17 @@ from .linearise.policies import (
 )
 from .linearise.sparsity import Pattern as Pattern, find_pattern as find_pattern
 from .linearise.tags import holomorphic_tag as holomorphic_tag
-from .newton.bending import (
-    AbstractBending as AbstractBending,
-    Interior as Interior,
-    Projected as Projected,
-    ProjectedDescent as ProjectedDescent,
-    Shortened as Shortened,
-)
-from .newton.bounds import Feasible as Feasible
 from .newton.convergence import (
     AbstractConvergenceTest as AbstractConvergenceTest,
     ResidualTest as ResidualTest,
 )
-from .newton.critical_point import CriticalPoint as CriticalPoint
 from .newton.forcing import (
     AbstractForcing as AbstractForcing,
     ConstantForcing as ConstantForcing,
     EisenstatWalker1 as EisenstatWalker1,
     EisenstatWalker2 as EisenstatWalker2,
 )
-from .newton.globalisation import (
+from .newton.globalisation.base import (
     AbstractGlobalisation as AbstractGlobalisation,
     Judgement as Judgement,
     Linear as Linear,
@@ -142,23 +133,36 @@ from .newton.globalisation import (
     Shift as Shift,
     Trial as Trial,
 )
-from .newton.hookstep import Hookstep as Hookstep
-from .newton.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
-from .newton.line_search import (
+from .newton.globalisation.bending import (
+    AbstractBending as AbstractBending,
+    Interior as Interior,
+    Projected as Projected,
+    ProjectedDescent as ProjectedDescent,
+    Shortened as Shortened,
+)
+from .newton.globalisation.critical_point import CriticalPoint as CriticalPoint
+from .newton.globalisation.feasible import Feasible as Feasible
+from .newton.globalisation.hookstep import Hookstep as Hookstep
+from .newton.globalisation.levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
+from .newton.globalisation.line_search import (
     Backtracking as Backtracking,
     Damped as Damped,
     FullStep as FullStep,
     Parabolic as Parabolic,
 )
-from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
-from .newton.nleq_err import NLEQErr as NLEQErr
-from .newton.non_monotone import NonMonotone as NonMonotone
-from .newton.pseudo_transient import (
+from .newton.globalisation.nleq_err import NLEQErr as NLEQErr
+from .newton.globalisation.non_monotone import NonMonotone as NonMonotone
+from .newton.globalisation.pseudo_transient import (
     SER as SER,
     TTE as TTE,
     AbstractStepRule as AbstractStepRule,
     PseudoTransient as PseudoTransient,
 )
+from .newton.globalisation.trust_region import (
+    AbstractTrustRegion as AbstractTrustRegion,
+    Dogleg as Dogleg,
+)
+from .newton.newton_krylov import NewtonKrylov as NewtonKrylov
 from .newton.recording import Recorded as Recorded
 from .newton.report import StepReport as StepReport
 from .newton.reuse import (
@@ -174,8 +178,19 @@ from .newton.robust import (
     FromInitial as FromInitial,
     Robust as Robust,
 )
+from .newton.scaling.scaled import Scaled as Scaled
+from .newton.scaling.sizes import (
+    AbstractResidualSizes as AbstractResidualSizes,
+    AbstractSizes as AbstractSizes,
+    Congruent as Congruent,
+    EntrySizes as EntrySizes,
+    LeafSizes as LeafSizes,
+    RowSizes as RowSizes,
+    Similar as Similar,
+    Start as Start,
+)
+from .newton.scaling.units import Scaling as Scaling
 from .newton.tightened import Tightened as Tightened
-from .newton.trust_region import AbstractTrustRegion as AbstractTrustRegion, Dogleg as Dogleg
 from .precondition.algebraic_multigrid import AlgebraicMultigrid as AlgebraicMultigrid
 from .precondition.auto import Auto as Auto
 from .precondition.banded import Banded as Banded

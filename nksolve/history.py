@@ -57,7 +57,7 @@ class History(eqx.Module):
         """No rows, for residuals of that structure."""
         places: list[str] = []
         if isinstance(length, PerLeaf):
-            length, places = length.length, [place for place, _ in _by_leaf(residual)]
+            length, places = length.length, _places(residual)
         nan = jnp.full((length,), jnp.nan, dtype)
         return History(
             norm=nan,
@@ -101,8 +101,8 @@ class History(eqx.Module):
             accepted=write(self.accepted, accepted),
             reason=write(self.reason, code(reason)),
             leaf_norms={
-                place: write(self.leaf_norms[place], of(alone))
-                for place, alone in (_by_leaf(value) if self.leaf_norms else ())
+                place: write(old, of(_alone(value, i)))
+                for i, (place, old) in enumerate(self.leaf_norms.items())
             },
         )
 
@@ -113,15 +113,13 @@ class History(eqx.Module):
         return eqx.tree_at(lambda h: h.reason, self, new)
 
 
-def _by_leaf(value: Vector | tree.Structure) -> list[tuple[str, Vector]]:
-    """The vector with all leaves but one set to zero, for each leaf, and its place."""
-    paths, treedef = jtu.tree_flatten_with_path(value)
-    leaves = [leaf for _, leaf in paths]
-    zeros = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
-    return [
-        (
-            f"y{jtu.keystr(path)}",
-            jtu.tree_unflatten(treedef, [*zeros[:i], leaves[i], *zeros[i + 1 :]]),
-        )
-        for i, (path, _) in enumerate(paths)
-    ]
+def _places(structure: tree.Structure) -> list[str]:
+    """Where each leaf stands: `y['u']`, `y.flow`."""
+    return [f"y{jtu.keystr(path)}" for path, _ in jtu.tree_leaves_with_path(structure)]
+
+
+def _alone(value: Vector, which: int) -> Vector:
+    """The vector with all leaves but one set to zero."""
+    leaves, treedef = jtu.tree_flatten(value)
+    others = [x if i == which else jnp.zeros_like(x) for i, x in enumerate(leaves)]
+    return jtu.tree_unflatten(treedef, others)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from equinox import AbstractVar
 
 from .. import tree
+from ..history import PerLeaf
 from ..krylov.base import AbstractKrylovSolver, check_tolerances
 from ..krylov.gmres import GMRES
 from ..linearise.policies import AbstractPolicy, Linearise
@@ -193,7 +194,7 @@ class Broyden(AbstractBroyden):
     convergence: AbstractConvergenceTest = ResidualTest(divergence=math.inf)
     linear_solver: AbstractKrylovSolver = GMRES()
     policy: AbstractPolicy = Linearise()
-    history_length: int = eqx.field(static=True, default=0)
+    history_length: int | PerLeaf = eqx.field(static=True, default=0)
     progress_meter: AbstractProgressMeter = NoProgressMeter()
     verbose: bool | Callable[[StepReport], None] = eqx.field(static=True, default=False)
 
@@ -233,7 +234,7 @@ class BadBroyden(AbstractBroyden):
     convergence: AbstractConvergenceTest = ResidualTest(divergence=math.inf)
     linear_solver: AbstractKrylovSolver = GMRES()
     policy: AbstractPolicy = Linearise()
-    history_length: int = eqx.field(static=True, default=0)
+    history_length: int | PerLeaf = eqx.field(static=True, default=0)
     progress_meter: AbstractProgressMeter = NoProgressMeter()
     verbose: bool | Callable[[StepReport], None] = eqx.field(static=True, default=False)
 

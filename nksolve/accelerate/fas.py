@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .. import tree
+from ..history import PerLeaf
 from ..krylov.base import AbstractKrylovSolver, check_tolerances
 from ..krylov.gmres import GMRES
 from ..linearise.linearisation import Linearisation
@@ -15,6 +16,7 @@ from ..linearise.policies import AbstractPolicy, Linearise
 from ..loops import AbstractProgressMeter, NoProgressMeter, any_lane
 from ..newton.convergence import AbstractConvergenceTest, ResidualTest
 from ..newton.report import StepReport
+from ..newton.scaling.units import refusal
 from ..precondition.cycle import FCycle
 from ..precondition.multigrid import Multigrid, grid_of
 from ..typing import Args, Flag, Norm, ScalarLike, Vector
@@ -64,7 +66,7 @@ class FAS(AbstractIteration):
     convergence: AbstractConvergenceTest
     linear_solver: AbstractKrylovSolver
     policy: AbstractPolicy
-    history_length: int = eqx.field(static=True)
+    history_length: int | PerLeaf = eqx.field(static=True)
     progress_meter: AbstractProgressMeter
     verbose: bool | Callable[[StepReport], None] = eqx.field(static=True)
 
@@ -79,7 +81,7 @@ class FAS(AbstractIteration):
         convergence: AbstractConvergenceTest | None = None,
         linear_solver: AbstractKrylovSolver | None = None,
         policy: AbstractPolicy | None = None,
-        history_length: int = 0,
+        history_length: int | PerLeaf = 0,
         progress_meter: AbstractProgressMeter | None = None,
         verbose: bool | Callable[[StepReport], None] = False,
     ):
@@ -157,3 +159,8 @@ class _CoarseResidual(eqx.Module):
     def __call__(self, u: Vector) -> Linearisation:
         y = eqx.combine(u, self.rest)
         return self.multigrid.linearised(self.depth, y, self.args, self.structure)
+
+
+@refusal.register
+def _(part: FAS, congruent: bool) -> str:
+    return "its coarse residuals are in the units of the problem. Scale the problem itself."

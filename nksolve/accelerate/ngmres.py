@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .. import tree
+from ..history import PerLeaf
 from ..krylov.base import AbstractKrylovSolver, check_tolerances
 from ..krylov.gmres import GMRES
 from ..linearise.policies import AbstractPolicy, Linearise
@@ -84,7 +85,7 @@ class NGMRES(AbstractIteration):
     convergence: AbstractConvergenceTest = ResidualTest()
     linear_solver: AbstractKrylovSolver = GMRES()
     policy: AbstractPolicy = Linearise()
-    history_length: int = eqx.field(static=True, default=0)
+    history_length: int | PerLeaf = eqx.field(static=True, default=0)
     progress_meter: AbstractProgressMeter = NoProgressMeter()
     verbose: bool | Callable[[StepReport], None] = eqx.field(static=True, default=False)
 

@@ -13,6 +13,7 @@ from ..linearise.linearisation import AbstractLinearisable, Linearisation
 from ..linearise.policies import AbstractPolicy
 from ..newton.base import AbstractRootFinder
 from ..newton.newton_krylov import NewtonKrylov
+from ..newton.scaling.units import refusal
 from ..newton.state import Counters, NewtonState
 from ..results import REASONS
 from ..typing import Args, Count, Fn, Vector, Y
@@ -120,3 +121,10 @@ def _without_aux(fn: Fn) -> Fn:
     if isinstance(fn, AbstractLinearisable):
         return _WithoutAux(fn)
     return lambda y, args: (fn(y, args)[0], None)
+
+
+@refusal.register
+def _(part: NonlinearPreconditioner, congruent: bool) -> str | None:
+    if part.fn is None:
+        return None
+    return "its own residual is in the units of the problem. Scale the problem itself."

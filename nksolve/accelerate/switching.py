@@ -8,6 +8,7 @@ import optimistix as optx
 from jaxtyping import PyTree
 
 from .. import tree
+from ..history import PerLeaf
 from ..krylov.base import check_tolerances
 from ..krylov.switching import SwitchingLinear
 from ..linearise.policies import AbstractPolicy, Linearise
@@ -15,8 +16,8 @@ from ..loops import AbstractProgressMeter, NoProgressMeter
 from ..newton.base import AbstractRootFinder
 from ..newton.convergence import AbstractConvergenceTest, ResidualTest
 from ..newton.forcing import AbstractForcing
-from ..newton.globalisation import AbstractGlobalisation
-from ..newton.line_search import Backtracking
+from ..newton.globalisation.base import AbstractGlobalisation
+from ..newton.globalisation.line_search import Backtracking
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.report import StepReport
 from ..newton.state import NewtonState
@@ -58,7 +59,7 @@ class Switching(AbstractRootFinder):
     convergence: AbstractConvergenceTest = ResidualTest()
     policy: AbstractPolicy = Linearise()
     step_tol: float | None = None
-    history_length: int = eqx.field(static=True, default=0)
+    history_length: int | PerLeaf = eqx.field(static=True, default=0)
     progress_meter: AbstractProgressMeter = NoProgressMeter()
     verbose: bool | Callable[[StepReport], None] = eqx.field(static=True, default=False)
 

@@ -26,8 +26,8 @@ from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
 from .base import AbstractRootFinder, check_square
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, Progress
-from .globalisation import AbstractGlobalisation, Linear, Model, Trial
-from .line_search import Backtracking
+from .globalisation.base import AbstractGlobalisation, Linear, Model, Trial
+from .globalisation.line_search import Backtracking
 from .preconditioning import Refreshed, carried_arrays, matvecs_per_application, refreshed
 from .report import Choice, StepReport, print_choice, told
 from .state import Best, Counters, Direction, NewtonState, Verdict

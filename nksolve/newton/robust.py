@@ -10,6 +10,7 @@ import optimistix as optx
 from jaxtyping import Array, Int, PyTree
 
 from .. import tree
+from ..history import PerLeaf
 from ..krylov.base import AbstractKrylovSolver, check_tolerances
 from ..krylov.gmres import GMRES
 from ..linearise.policies import AbstractPolicy, Linearise
@@ -19,16 +20,16 @@ from ..typing import Args, Aux, Count, Flag, Fn, Norm, ScalarLike, Vector, Y
 from .base import AbstractRootFinder
 from .convergence import AbstractConvergenceTest, ResidualTest
 from .forcing import AbstractForcing, ConstantForcing
-from .globalisation import AbstractGlobalisation
-from .line_search import Backtracking, FullStep
+from .globalisation.base import AbstractGlobalisation
+from .globalisation.line_search import Backtracking, FullStep
+from .globalisation.non_monotone import NonMonotone
+from .globalisation.pseudo_transient import PseudoTransient
+from .globalisation.relay import Relay, RelayForcing, RelayState, chosen
+from .globalisation.trust_region import Dogleg
 from .newton_krylov import NewtonKrylov
-from .non_monotone import NonMonotone
-from .pseudo_transient import PseudoTransient
-from .relay import Relay, RelayForcing, RelayState, chosen
 from .report import StepReport
 from .state import Direction, NewtonState
 from .tightened import Tightened
-from .trust_region import Dogleg
 
 
 class Past(NamedTuple):
@@ -157,7 +158,7 @@ class Robust(AbstractRootFinder):
     convergence: AbstractConvergenceTest = ResidualTest(divergence=1e12)
     policy: AbstractPolicy = Linearise()
     step_tol: float | None = None
-    history_length: int = eqx.field(static=True, default=0)
+    history_length: int | PerLeaf = eqx.field(static=True, default=0)
     progress_meter: AbstractProgressMeter = NoProgressMeter()
     verbose: bool | Callable[[StepReport], None] = eqx.field(static=True, default=False)
 

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .. import tree
-from ..newton.box import box, check_order
+from ..newton.globalisation.box import box, check_order
 from ..typing import Args, Fn, ScalarLike, Y
 
 

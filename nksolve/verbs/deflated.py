@@ -15,9 +15,10 @@ from ..linearise.linearisation import AbstractLinearisable, Linearisation, linea
 from ..linearise.operator import AbstractLinearMap, JacobianOperator
 from ..linearise.policies import AbstractPolicy
 from ..newton.base import AbstractRootFinder
-from ..newton.globalisation import AbstractGlobalisation, Judgement, Model, Trial
-from ..newton.line_search import AbstractLineSearch
+from ..newton.globalisation.base import AbstractGlobalisation, Judgement, Model, Trial
+from ..newton.globalisation.line_search import AbstractLineSearch
 from ..newton.newton_krylov import NewtonKrylov
+from ..newton.scaling.units import refusal
 from ..newton.state import Direction, NewtonState
 from ..results import REASONS
 from ..typing import Args, Aux, Count, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
@@ -272,3 +273,11 @@ class _Turned(AbstractGlobalisation[_TurnedState]):
         # G + J_G(τ d) = τ m (F + J d).
         residual = jnp.abs(tau) * direction.residual
         return direction._replace(vector=tree.scale(tau, direction.vector), residual=residual)
+
+
+@refusal.register
+def _(part: Deflated, congruent: bool) -> str:
+    return (
+        "distances to the known roots are in the units of the problem. Solve "
+        "`nks.deflate(fn, roots, scale=...)` with the scaled solver."
+    )

@@ -15,9 +15,16 @@ import optimistix as optx
 import pytest
 
 import nksolve as nks
-from nksolve.newton.bending import Interior, Projected, ProjectedDescent, Shortened
-from nksolve.newton.bounds import Feasible
-from nksolve.newton.box import Box, box, contains, largest_factor, projected, step_inside
+from nksolve.newton.globalisation.bending import Interior, Projected, ProjectedDescent, Shortened
+from nksolve.newton.globalisation.box import (
+    Box,
+    box,
+    contains,
+    largest_factor,
+    projected,
+    step_inside,
+)
+from nksolve.newton.globalisation.feasible import Feasible
 from nksolve.newton.state import Direction
 from nksolve.problems import get
 

@@ -9,7 +9,7 @@ import pytest
 
 import nksolve as nks
 from nksolve.krylov.lsmr import LSMR
-from nksolve.newton.levenberg_marquardt import LevenbergMarquardt
+from nksolve.newton.globalisation.levenberg_marquardt import LevenbergMarquardt
 from nksolve.newton.state import Direction
 from nksolve.problems import get
 from nksolve.problems.registry import NONLINEAR_LIBRARY

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import nksolve as nks
-from nksolve.newton.nleq_err import NLEQErr
-from nksolve.newton.relay import Relay
+from nksolve.newton.globalisation.nleq_err import NLEQErr
+from nksolve.newton.globalisation.relay import Relay
 from nksolve.problems import get
 from tests.helpers import Counter
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import nksolve as nks
-from nksolve.newton.bounds import Feasible
+from nksolve.newton.globalisation.feasible import Feasible
 from nksolve.problems.obstacle import obstacle, obstacle_force, obstacle_residual
 from nksolve.verbs.complementarity import FischerBurmeister, Mid, complementarity
 from tests.helpers.counting import Counter

@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .. import tree
-from ..krylov.base import AbstractKrylovSolver
-from ..results import REASONS
-from ..typing import Count, Scalar, Vector
+from ... import tree
+from ...krylov.base import AbstractKrylovSolver
+from ...results import REASONS
+from ...typing import Count, Scalar, Vector
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Linear, Model, Shift, Trial
 from .bending import AbstractBending, Projected
 from .box import Box, box, check_order, contains, is_known, projected, step_inside
-from .globalisation import AbstractGlobalisation, Judgement, Linear, Model, Shift, Trial
 from .line_search import Backtracking
-from .state import Direction
 
 
 class _Inside(NamedTuple):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .. import tree
-from ..typing import Scalar, ScalarLike, Vector
-from .globalisation import AbstractGlobalisation, Judgement, Model, Shift, Trial
-from .state import Direction
+from ... import tree
+from ...typing import Scalar, ScalarLike, Vector
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Model, Shift, Trial
 
 
 class Past(NamedTuple):

@@ -8,12 +8,12 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .. import tree
-from ..loops import any_lane
-from ..results import REASONS
-from ..typing import Scalar, Vector
-from .globalisation import AbstractGlobalisation, Judgement, Model, Trial
-from .state import Direction
+from ... import tree
+from ...loops import any_lane
+from ...results import REASONS
+from ...typing import Scalar, Vector
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Model, Trial
 
 
 class Step(NamedTuple):

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .. import tree
-from ..precondition.base import Skeleton, join, split
-from ..typing import Count, Flag, Scalar, Vector
-from .globalisation import AbstractGlobalisation, Judgement, Linear, Model, Trial
+from ... import tree
+from ...precondition.base import Skeleton, join, split
+from ...typing import Count, Flag, Scalar, Vector
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Linear, Model, Trial
 from .line_search import linear_norm_along
-from .state import Direction
 
 
 class _Search(NamedTuple):

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .. import tree
-from ..typing import Flag, Scalar, Vector
-from .globalisation import AbstractGlobalisation, Judgement, Model, Trial
-from .state import Direction
+from ... import tree
+from ...typing import Flag, Scalar, Vector
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Model, Trial
 
 
 class Search(NamedTuple):

@@ -7,13 +7,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import tree
-from ..loops import any_lane
-from ..typing import Flag, Scalar, Vector
+from ... import tree
+from ...loops import any_lane
+from ...typing import Flag, Scalar, Vector
+from ..state import Direction
+from .base import Model
 from .box import Box, largest_factor, towards
-from .globalisation import Model
 from .line_search import linear_norm_along
-from .state import Direction
 
 
 class AbstractBending(eqx.Module):

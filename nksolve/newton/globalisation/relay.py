@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .. import tree
-from ..krylov.base import AbstractKrylovSolver
-from ..results import REASONS
-from ..typing import Count, Scalar, Vector
-from .forcing import AbstractForcing, Progress
-from .globalisation import AbstractGlobalisation, Judgement, Linear, Model, Shift, Trial
-from .state import Direction
+from ... import tree
+from ...krylov.base import AbstractKrylovSolver
+from ...results import REASONS
+from ...typing import Count, Scalar, Vector
+from ..forcing import AbstractForcing, Progress
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Linear, Model, Shift, Trial
 
 
 class RelayState(NamedTuple):

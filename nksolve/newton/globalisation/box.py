@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .. import tree
-from ..typing import Vector
+from ... import tree
+from ...typing import Vector
 
 
 class Box(NamedTuple):

@@ -8,11 +8,11 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import PyTree
 
-from ..krylov.base import AbstractKrylovSolver
-from ..krylov.system import KrylovState
-from ..results import REASONS
-from ..typing import Args, Count, Flag, Scalar, Vector, Y
-from .state import Direction
+from ...krylov.base import AbstractKrylovSolver
+from ...krylov.system import KrylovState
+from ...results import REASONS
+from ...typing import Args, Count, Flag, Scalar, Vector, Y
+from ..state import Direction
 
 _State = TypeVar("_State")
 

@@ -6,11 +6,11 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from .. import tree
-from ..typing import Scalar, Vector
-from .globalisation import AbstractGlobalisation, Judgement, Model, Trial
+from ... import tree
+from ...typing import Scalar, Vector
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Model, Trial
 from .line_search import linear_norm_along
-from .state import Direction
 
 
 class _Secant(NamedTuple):

@@ -9,12 +9,12 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from .. import tree
-from ..krylov.base import AbstractKrylovSolver
-from ..krylov.basis import Basis, gram
-from ..krylov.cycle import Workspace
-from ..typing import Flag, Scalar, Vector
-from .globalisation import Model
+from ... import tree
+from ...krylov.base import AbstractKrylovSolver
+from ...krylov.basis import Basis, gram
+from ...krylov.cycle import Workspace
+from ...typing import Flag, Scalar, Vector
+from .base import Model
 from .trust_region import AbstractTrustRegion, Step
 
 #: Halvings of the interval of log μ.

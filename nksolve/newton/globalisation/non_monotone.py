@@ -6,9 +6,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .. import tree
-from ..typing import Scalar, Vector
-from .globalisation import AbstractGlobalisation, Judgement, Model, Trial
+from ... import tree
+from ...typing import Scalar, Vector
+from ..state import Direction
+from .base import AbstractGlobalisation, Judgement, Model, Trial
 from .line_search import (
     Search,
     begun,
@@ -18,7 +19,6 @@ from .line_search import (
     linear_norm_along,
     retried,
 )
-from .state import Direction
 
 
 class _Window(NamedTuple):

@@ -1,7 +1,7 @@
 """Levenberg–Marquardt: damped least-squares steps in the Golub–Kahan space of LSMR."""
 
-from ..krylov.base import AbstractKrylovSolver
-from ..krylov.lsmr import LSMR
+from ...krylov.base import AbstractKrylovSolver
+from ...krylov.lsmr import LSMR
 from .bounded import AbstractBoundedStep
 
 

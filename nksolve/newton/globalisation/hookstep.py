@@ -1,9 +1,9 @@
 """The hookstep: the best step of bounded length in the Krylov space that is there."""
 
-from ..krylov.base import AbstractKrylovSolver
-from ..krylov.fgmres import FGMRES
-from ..krylov.gmres import GMRES
-from ..precondition.base import Identity
+from ...krylov.base import AbstractKrylovSolver
+from ...krylov.fgmres import FGMRES
+from ...krylov.gmres import GMRES
+from ...precondition.base import Identity
 from .bounded import AbstractBoundedStep
 
 

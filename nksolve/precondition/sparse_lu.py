@@ -151,8 +151,16 @@ def _solved(
         kept = kept * (1 + 128 * np.finfo(np.float64).eps * (shake - 1.5)).astype(np.complex128)
     kept = kept + lax.complex(jnp.zeros_like(tiny), tiny)
     rhs = b.astype(jnp.complex128)[None, :, None]
-    # The primitive, not `klujax.solve`, which would sort the pattern at each call.
-    x = klujax.solve_c128.bind(jnp.asarray(rows), jnp.asarray(cols), kept[None, :], rhs)[0, :, 0]
+
+    # The primitive, not `klujax.solve`, which would sort the pattern at each call. In a program of
+    # its own, to which the pattern belongs: as an operand of a `cond`, which under `vmap` batches
+    # all of them, it would get an axis that the primitive refuses.
+    @jax.jit
+    def solve(kept, rhs):
+        places = jnp.asarray(rows), jnp.asarray(cols)
+        return klujax.solve_c128.bind(*places, kept[None, :], rhs)
+
+    x = solve(kept, rhs)[0, :, 0]
     if not is_complex:
         # Imaginary parts are 1e-100 times a condition number, unless a pivot was imaginary only.
         x, imaginary = x.real, x.imag

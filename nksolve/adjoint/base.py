@@ -193,10 +193,10 @@ def tangents_at(
     params: Sequence[Array],
     t_params: Sequence[Array | None],
     policy: AbstractPolicy,
-    linear: Callable[..., Vector],
+    linear: AbstractImplicitSolve,
 ) -> tuple[Vector, Aux]:
     """The tangents at a root, from a new linearisation there (one evaluation of `fn`)."""
     active = [t is not None for t in t_params]
     linearised = LinearisedProgram(program, y, params, active, policy)
-    lin = linearised.at(params).linearise(y, frozenset())
+    lin = linearised.at(params).linearise(y, linear.tags)
     return implicit_tangents(lin, y, [t for t in t_params if t is not None], linear)

@@ -11,6 +11,7 @@ import lineax as lx
 from .. import tree
 from ..krylov.base import AbstractKrylovSolver
 from ..krylov.gcrodr import GCRODR
+from ..krylov.lsmr import LSMR
 from ..krylov.recycling import RecycledSpace
 from ..krylov.system import KrylovState
 from ..linearise.lower import working
@@ -70,6 +71,13 @@ class KrylovAdjoint(AbstractImplicitAdjoint):
     failure: AbstractFailure | None = None
     report: Receiver = eqx.field(static=True, default=None)
 
+    def __check_init__(self):
+        if isinstance(self.linear_solver, LSMR) and self.linear_solver.is_damped:
+            raise ValueError(
+                "`KrylovAdjoint(linear_solver=...)` solves equations, which a damped `LSMR` does "
+                "not: take `nks.LSMR()` without `damp`."
+            )
+
     def resolved(
         self, solver: Any, args: Args, tags: frozenset[object], *, throw: bool
     ) -> "KrylovSolve":
@@ -80,9 +88,7 @@ class KrylovAdjoint(AbstractImplicitAdjoint):
                     "`KrylovAdjoint()` takes its Krylov method from the nonlinear solver, but "
                     f"{type(solver).__name__} has none: pass `linear_solver=nks.GMRES()`."
                 )
-            linear_solver = solver.linear_solver
-            if isinstance(linear_solver, GCRODR):  # what it began with; its own space is better
-                linear_solver = linear_solver.starting_from(None)
+            linear_solver = solver.linear_solver.for_derivatives()
         rtol = solver.rtol if self.rtol is None else self.rtol
         failure = self.failure
         if failure is None:
@@ -134,7 +140,9 @@ class KrylovSolve(AbstractImplicitSolve):
         return eqx.tree_at(lambda s: s.recycled, self, space, is_leaf=lambda x: x is None)
 
     def prepare(self, operator: lx.AbstractLinearOperator, y: Y, *, real: bool) -> _Prepared:
-        linear_solver = self.linear_solver.chosen(lambda: working(operator), y, self.args)
+        solved = working(operator)
+        linear_solver = self.linear_solver.chosen(lambda: solved, y, self.args)
+        linear_solver.check_operator(solved)
         state = linear_solver.prepare(operator, y, self.args)
         return _Prepared(linear_solver, state, self.recycled)
 

@@ -35,11 +35,15 @@ class ForwardPreconditioner(AbstractPreconditioner):
     For the `preconditioner` of `nks.OneStep`, `nks.Neumann` and `nks.Shared`; nothing else.
     """
 
-    def init(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> Any:
+    def check(self) -> None:
         raise TypeError(
             "`ForwardPreconditioner()` stands for another solver's preconditioner, and only the "
-            "approximate adjoints know that solver: give a Krylov method the preconditioner itself."
+            "approximate adjoints know that solver: give a Krylov method the preconditioner "
+            "itself, such as `nks.Jacobi(...)`, or `nks.Identity()`."
         )
+
+    def init(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> Any:
+        self.check()
 
     def as_operator(self, state: Any) -> lx.AbstractLinearOperator:
         raise TypeError("`ForwardPreconditioner()` has no state.")

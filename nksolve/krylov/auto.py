@@ -7,7 +7,9 @@ import equinox as eqx
 import lineax as lx
 from jaxtyping import PyTree
 
+from ..linearise.sparsity import Pattern
 from ..precondition.auto import Auto, Seen, look, pick
+from ..precondition.base import AbstractPreconditioner
 from ..typing import Args, Scalar, ScalarLike, Vector, Y
 from .base import AbstractKrylovSolver
 from .cg import CG
@@ -53,17 +55,30 @@ class AutoLinear(AbstractKrylovSolver):
     atol: ScalarLike = 0.0
     restart: int = eqx.field(static=True, default=30)
     max_steps: int | None = eqx.field(static=True, default=None)
-    preconditioner: Auto = Auto()
+    preconditioner: AbstractPreconditioner = Auto()
+
+    def __check_init__(self):
+        if not isinstance(self.preconditioner, Auto):
+            raise TypeError(
+                "`AutoLinear` picks the preconditioner too, so that it takes only `nks.Auto`, "
+                f"which may hold the pattern of J; got `{type(self.preconditioner).__name__}`. "
+                "Take a method of your choice with it, such as `nks.GMRES(preconditioner=...)`."
+            )
 
     def chosen(
         self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args
     ) -> AbstractKrylovSolver:
         del y, args
-        return self._pick(look(operator, self.preconditioner.pattern))[0]
+        return self._pick(look(operator, self._pattern))[0]
 
     def why(self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args) -> str:
         del y, args
-        return self._pick(look(operator, self.preconditioner.pattern))[1]
+        return self._pick(look(operator, self._pattern))[1]
+
+    @property
+    def _pattern(self) -> Pattern | None:
+        assert isinstance(self.preconditioner, Auto)
+        return self.preconditioner.pattern
 
     def _pick(self, seen: Seen) -> tuple[AbstractKrylovSolver, str]:
         preconditioner, reason = pick(seen)

@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from equinox import AbstractVar
 from jaxtyping import PyTree
 
 from .. import tree
 from ..linearise.lower import working
-from ..precondition.base import AbstractPreconditioner
+from ..precondition.base import AbstractPreconditioner, Identity
 from ..typing import Args, Scalar, ScalarLike, Vector, Y
 from .basis import as_real_space
 from .mixed import solve_mixed
@@ -40,11 +41,30 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
-        if self.preconditioner.is_variable and not self.is_flexible:
+        name, preconditioner = type(self).__name__, self.preconditioner
+        preconditioner.check()
+        if preconditioner.is_variable and not self.is_flexible:
             raise ValueError(
-                f"{type(self).__name__} needs a linear preconditioner, the same at every "
-                "iteration; an inner Krylov solve is not: use `nks.FGMRES`."
+                f"`{name}` needs a linear preconditioner, the same at every iteration; "
+                f"`{type(preconditioner).__name__}` holds an inner Krylov solve, which is not: "
+                "take `nks.FGMRES` or `nks.GCRODR`."
             )
+        if self.needs_symmetry and not preconditioner.keeps_symmetry:
+            raise ValueError(
+                f"`{name}` needs a symmetric M⁻¹, which this `{type(preconditioner).__name__}` "
+                "does not give for a symmetric J: take another preconditioner, or `nks.GMRES`, "
+                "which asks for no symmetry."
+            )
+
+    @property
+    def needs_symmetry(self) -> bool:
+        """Whether A and M⁻¹ must be symmetric (Hermitian, of complex vectors)."""
+        return False
+
+    @property
+    def needs_transpose(self) -> bool:
+        """Whether a solve multiplies by Aᵀ."""
+        return self.preconditioner.needs_transpose
 
     @abc.abstractmethod
     def workspace(self, vector: Vector, *, real: bool) -> PyTree:
@@ -112,9 +132,12 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
             "guess": guess,
             "verify": verify,
         }
+        # The workspace has room for what M⁻¹ makes, though that may be the identity.
+        preconditioned = not isinstance(self.preconditioner, Identity)
+        system = state.system(real, preconditioned=preconditioned)
         if state.wide is not None:
-            return solve_mixed(self, state, vector, real=real, **keywords)
-        return self.solve(state.system(real), vector, **keywords)
+            return solve_mixed(self, system, state, vector, real=real, **keywords)
+        return self.solve(system, vector, **keywords)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> KrylovState:
         unknown = set(options) - {"preconditioner", "y0"}
@@ -135,6 +158,13 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
                 f"{type(self).__name__} solves square systems whose unknown and right-hand side "
                 f"have the same structure; got {operator.in_structure()} and "
                 f"{operator.out_structure()}."
+            )
+        if self.needs_symmetry and not _may_be_hermitian(operator):
+            raise ValueError(
+                f"`{type(self).__name__}` solves symmetric systems, and nothing promises that this "
+                "one is. Where it is, say so: `tags=frozenset({lx.symmetric_tag})`, or "
+                "`lx.positive_semidefinite_tag`, in `nks.root_find` or of the operator. Where it "
+                "is not, take `nks.GMRES`, `nks.BiCGStab` or `nks.IDR`."
             )
 
     def compute(
@@ -159,6 +189,16 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
         }
         return out.value, out.result, stats
 
+    @property
+    def underlying(self) -> "AbstractKrylovSolver":
+        """The method that a user chose, where this is the same one ended by another rule."""
+        return self
+
+    def for_derivatives(self) -> "AbstractKrylovSolver":
+        """The method for the systems of derivatives, which are equations: without what serves the
+        steps of a nonlinear solve alone."""
+        return self
+
     def report(self, workspace: PyTree) -> dict[str, Any]:
         """What a workspace holds after a solve that is worth a place in the stats."""
         del workspace
@@ -181,6 +221,14 @@ class AbstractKrylovSolver(lx.AbstractLinearSolver):
 
     def assume_full_rank(self) -> bool:
         return True
+
+
+def _may_be_hermitian(operator: lx.AbstractLinearOperator) -> bool:
+    """Whether a tag promises it; of complex operators, for which Lineax has no such tag but
+    semidefiniteness, always."""
+    leaves = jtu.tree_leaves((operator.in_structure(), operator.out_structure()))
+    is_complex = any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves)
+    return is_complex or lx.is_symmetric(operator)
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:

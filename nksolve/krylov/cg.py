@@ -64,7 +64,8 @@ class CG(AbstractShortRecurrence):
     changes: a direction p in which ⟨p, A p⟩ has another sign than in the first is *negative
     curvature*, and A is indefinite.
 
-    A and M⁻¹ must be Hermitian; nothing checks it. (A complex A that is only real-linear must be
+    A and M⁻¹ must be Hermitian. Of a real A a tag has to promise it (`lx.symmetric_tag`, or one of
+    semidefiniteness); nothing looks at values. (A complex A that is only real-linear must be
     symmetric with respect to Re⟨v, w⟩.)
 
     **Arguments:**
@@ -90,6 +91,10 @@ class CG(AbstractShortRecurrence):
     atol: ScalarLike = 0.0
     max_steps: int | None = eqx.field(static=True, default=None)
     preconditioner: AbstractPreconditioner = Identity()
+
+    @property
+    def needs_symmetry(self) -> bool:
+        return True
 
     def steihaug(
         self,

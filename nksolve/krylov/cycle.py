@@ -79,29 +79,20 @@ def scaled(
     vector: Vector,
     norm: Scalar | None,
     tolerance: ScalarLike,
-    left: bool,
 ) -> tuple[LinearFn, LinearFn | None, Vector, Scalar, Scalar, Scalar]:
-    """(A, M⁻¹ on the right, b, unit, ‖b‖, target), b and what follows it in units of `unit`.
+    """(A, M⁻¹, b, unit, ‖b‖, target), b and what follows it in units of `unit`.
 
     ‖b‖ is 1, or 0, or NaN where the vector is not finite.
     """
     norm = tree.norm2(vector) if norm is None else norm
-    mv, psolve = system.mv, system.psolve
-    target = jnp.asarray(tolerance).astype(norm.dtype) / _or_one(norm)
-    if left and psolve is not None:
-        vector = psolve(vector)
-        norm = tree.norm2(vector)
-        mv, psolve = _composed(psolve, mv), None
-    unit = _or_one(norm)
+    unit = or_one(norm)
+    target = jnp.asarray(tolerance).astype(norm.dtype) / unit
     beta = jnp.where(jnp.isfinite(norm), norm / unit, jnp.nan)
-    return mv, psolve, tree.scale(1 / unit, vector), unit, beta, target
+    return system.mv, system.psolve, tree.scale(1 / unit, vector), unit, beta, target
 
 
-def _composed(outer: LinearFn, inner: LinearFn) -> LinearFn:
-    return lambda v: outer(inner(v))
-
-
-def _or_one(norm: Scalar) -> Scalar:
+def or_one(norm: Scalar) -> Scalar:
+    """The norm, or 1 where it is 0 or not finite."""
     return jnp.where((norm > 0) & jnp.isfinite(norm), norm, jnp.ones_like(norm))
 
 

@@ -6,11 +6,12 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from ..precondition.base import AbstractPreconditioner, Identity
-from ..typing import ScalarLike, Vector
+from ..typing import Scalar, ScalarLike, Vector
 from .basis import Basis
 from .minimal_residual import AbstractMinimalResidual, Workspace
 from .orthogonalise import CGS2, AbstractOrthogonalisation
 from .ritz import ArnoldiRecord
+from .system import KrylovResult, LinearSystem
 
 
 class FGMRES(AbstractMinimalResidual):
@@ -37,5 +38,32 @@ class FGMRES(AbstractMinimalResidual):
     def workspace(self, vector: Vector, *, real: bool) -> PyTree:
         length = self._length(vector, real)
         arnoldi = Basis.allocate(vector, length + 1, real=real)
-        search = Basis.allocate(vector, length, real=real)
+        # Without a preconditioner Z is V.
+        plain = isinstance(self.preconditioner, Identity)
+        search = None if plain else Basis.allocate(vector, length, real=real)
         return Workspace(arnoldi, search, ArnoldiRecord.allocate(vector, length, real=real))
+
+    def solve(
+        self,
+        system: LinearSystem,
+        vector: Vector,
+        *,
+        tolerance: ScalarLike,
+        workspace: PyTree,
+        norm: Scalar | None = None,
+        guess: Vector | None = None,
+        verify: bool = False,
+    ) -> KrylovResult:
+        if system.psolve is not None and workspace.search is None:
+            # The preconditioner came with the operator (`options` of `lx.linear_solve`).
+            search = Basis.allocate(vector, workspace.length, real=workspace.arnoldi.real)
+            workspace = Workspace(workspace.arnoldi, search, workspace.record)
+        return super().solve(
+            system,
+            vector,
+            tolerance=tolerance,
+            workspace=workspace,
+            norm=norm,
+            guess=guess,
+            verify=verify,
+        )

@@ -130,6 +130,9 @@ class GCRODR(AbstractMinimalResidual):
         left = out.workspace
         return out._replace(workspace=Workspace(left.arnoldi, search, left.record, left.space))
 
+    def for_derivatives(self) -> "GCRODR":
+        return self.starting_from(None)  # what a solve began with; its own space is better
+
     def starting_from(self, space: RecycledSpace | None) -> "GCRODR":
         """The same method with `recycled=space`."""
         none = lambda x: x is None

@@ -28,7 +28,8 @@ class GMRES(AbstractMinimalResidual):
     - `max_steps`: at most this many iterations in all; 10 n by default.
     - `preconditioner`: see `nks.AbstractPreconditioner`.
     - `side`: `"right"` leaves the residual that is minimised and tested as it is; `"left"`
-      minimises and tests ‖M⁻¹(b − A x)‖₂ relative to ‖M⁻¹b‖₂.
+      minimises and tests ‖M⁻¹(b − A x)‖₂ relative to ‖M⁻¹b‖₂, and reports ‖b − A x‖₂ all the
+      same, at one matvec a solve.
     - `orthogonalisation`: `nks.CGS2()` or `nks.MGS()`.
 
     Reports `max_steps_reached`; `stagnation` when a whole cycle reduced the true residual by less

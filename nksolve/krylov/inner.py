@@ -97,6 +97,10 @@ class InnerKrylov(AbstractPreconditioner):
     def is_variable(self) -> bool:
         return True
 
+    @property
+    def needs_transpose(self) -> bool:
+        return self.solver.needs_transpose
+
 
 class InnerState(eqx.Module):
     """J, and the state of the inner method's own preconditioner."""

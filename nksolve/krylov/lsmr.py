@@ -13,10 +13,11 @@ from .. import tree
 from ..loops import any_lane
 from ..precondition.base import AbstractPreconditioner, Identity
 from ..typing import Count, Flag, LinearFn, Scalar, ScalarLike, Vector
-from .base import AbstractKrylovSolver, KrylovResult, KrylovState, LinearSystem, check_tolerances
+from .base import AbstractKrylovSolver, KrylovResult, KrylovState, LinearSystem
 from .bidiagonal import Bidiagonal, inverse
 from .cycle import Workspace
 from .golub_kahan import allocated, begun, extended, orthogonalised
+from .system import check_endomorphism
 
 
 class _Problem(NamedTuple):
@@ -105,7 +106,6 @@ class LSMR(AbstractKrylovSolver):
     kept: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         if isinstance(self.damp, (int, float)) and not self.damp >= 0:
             raise ValueError(f"`damp` must not be negative, but it is {self.damp}.")
         if self.kept < 0:
@@ -114,9 +114,16 @@ class LSMR(AbstractKrylovSolver):
             raise ValueError(f"`max_steps` must not be negative, but it is {self.max_steps}.")
 
     @property
-    def _damped(self) -> bool:
+    def needs_transpose(self) -> bool:
+        return True
+
+    @property
+    def is_damped(self) -> bool:
         """Whether there may be damping."""
         return not (isinstance(self.damp, (int, float)) and self.damp == 0)
+
+    def for_derivatives(self) -> AbstractKrylovSolver:
+        return eqx.tree_at(lambda s: s.damp, self, 0.0)
 
     def check_operator(self, operator: lx.AbstractLinearOperator) -> None:
         if operator.in_structure() == operator.out_structure():
@@ -142,7 +149,7 @@ class LSMR(AbstractKrylovSolver):
         self, state: KrylovState, options: dict[str, Any]
     ) -> tuple[KrylovState, dict[str, Any]]:
         # Lineax asks for this only to differentiate with respect to A, as of a pseudo-inverse.
-        if self._damped:
+        if self.is_damped:
             raise NotImplementedError(
                 "LSMR(damp=...) has derivatives with respect to the right-hand side only. For "
                 "those with respect to the operator stack its rows: solve with A over damp·I, and "
@@ -213,9 +220,9 @@ class LSMR(AbstractKrylovSolver):
         square = structure == tree.structure(vector)
         psolve, transpose_psolve = system.psolve, system.transpose_psolve
         if psolve is not None:
-            _check_preconditioner(psolve, structure)
+            check_endomorphism("LSMR", psolve, structure)
         damp = jnp.asarray(self.damp).astype(unit.dtype)
-        damped = self._damped
+        damped = self.is_damped
 
         def forward(x: Vector) -> tuple[Vector, Vector]:
             return system.mv(x), tree.scale(damp, x) if damped else None
@@ -385,16 +392,3 @@ def _result(problem: _Problem, end: _Carry) -> lx.RESULTS:
     failed = where(exhausted, results.max_steps_reached, results.stagnation)
     failed = where(end.broken, results.breakdown, failed)
     return where(end.converged, results.successful, failed)
-
-
-def _check_preconditioner(psolve: LinearFn, structure: tree.Structure) -> None:
-    """Raises unless M⁻¹ maps x's space to itself."""
-    try:
-        image = tree.structure(jax.eval_shape(psolve, structure))
-    except (TypeError, ValueError) as error:
-        image = error
-    if image != structure:
-        raise ValueError(
-            f"LSMR applies M⁻¹ on the right, so it must map the space of x, {structure}, to "
-            f"itself; it gives {image}."
-        )

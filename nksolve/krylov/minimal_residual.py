@@ -18,9 +18,10 @@ from equinox import AbstractVar
 from jaxtyping import PyTree
 
 from .. import tree
+from ..loops import any_lane
 from ..typing import Count, Scalar, ScalarLike, Vector
 from .base import AbstractKrylovSolver
-from .cycle import Cycle, Limits, Solve, Workspace, begin, coupled, scaled
+from .cycle import Cycle, Limits, Solve, Workspace, begin, coupled, or_one, scaled
 from .orthogonalise import AbstractOrthogonalisation
 from .recycling import renewed
 from .ritz import ArnoldiRecord
@@ -38,17 +39,13 @@ def minimal_residual(
     verify: bool,
     max_steps: int,
     orthogonalisation: AbstractOrthogonalisation,
-    left: bool,
 ) -> KrylovResult:
-    """Minimises ‖b − A x‖ over x₀ + span(Z): Z = M⁻¹V on the right, V on the left.
-
-    With `left`, A and b stand for M⁻¹A and M⁻¹b, and the relative tolerance is that of M⁻¹b.
-    `norm` is ‖vector‖₂ where the caller knows it.
-    """
+    """Minimises ‖b − A x‖ over x₀ + span(Z), Z = M⁻¹V. `norm` is ‖vector‖₂ where the caller knows
+    it."""
     if tree.size(vector) == 0:
         return _nothing(vector, workspace)
     restart, recycled = workspace.length, workspace.recycled
-    mv, psolve, b, unit, beta, target = scaled(system, vector, norm, tolerance, left)
+    mv, psolve, b, unit, beta, target = scaled(system, vector, norm, tolerance)
     limits = Limits(target, max_steps, verify, tree.eps(b))
 
     def step(carry: Cycle, solve: Solve) -> Cycle:
@@ -193,14 +190,53 @@ def minimal_residual(
     return KrylovResult(
         value=tree.scale(unit, solve.x),
         residual_norm=solve.residual * unit,
-        descent=None if left or guess is not None else _descent(solve, beta) * unit * unit,
+        descent=None if guess is not None else _descent(solve, beta) * unit * unit,
         result=_result(solve, steps, limits),
         num_steps=steps,
         num_matvecs=solve.cycle.matvecs + moved,
         num_transposed_matvecs=jnp.zeros_like(steps),
-        num_preconditioner_applications=_applications(system, solve, steps, left),
+        num_preconditioner_applications=_applications(system, solve, steps),
         num_restarts=jnp.maximum(solve.cycles - 1, 0),
         workspace=solve.cycle.workspace,
+    )
+
+
+def on_the_left(
+    system: LinearSystem,
+    vector: Vector,
+    *,
+    norm: Scalar | None,
+    tolerance: ScalarLike,
+    guess: Vector | None,
+    **keywords: Any,
+) -> KrylovResult:
+    """The same for M⁻¹A x = M⁻¹b, with ‖M⁻¹(b − A x)‖ ≤ (tolerance/‖b‖) ‖M⁻¹b‖ tested.
+
+    What is reported is b − A x itself, by one matvec at the end.
+    """
+    apply, mv = system.psolve, system.mv
+    assert apply is not None
+    norm = tree.norm2(vector) if norm is None else norm
+    relative = jnp.asarray(tolerance).astype(norm.dtype) / or_one(norm)
+    asked = (norm > 0) & jnp.isfinite(norm) & ~jnp.isposinf(relative)
+    b = lax.cond(any_lane(asked), lambda: apply(vector), lambda: vector)
+    size = tree.norm2(b)
+    out = minimal_residual(
+        LinearSystem(lambda v: apply(mv(v)), None, system.real, wanted=system.wanted),
+        b,
+        norm=size,
+        tolerance=relative * or_one(size),
+        guess=guess,
+        **keywords,
+    )
+    image = lax.cond(any_lane(asked), lambda: mv(out.value), lambda: tree.zeros_like(vector))
+    left = jnp.where(asked, tree.norm2(tree.sub(vector, image)), norm)
+    once = tree.count(asked)
+    return out._replace(
+        residual_norm=left,
+        descent=None if guess is not None else tree.vdot(vector, image).real.astype(norm.dtype),
+        num_matvecs=out.num_matvecs + once,
+        num_preconditioner_applications=out.num_matvecs + once,
     )
 
 
@@ -231,11 +267,9 @@ def _result(solve: Solve, steps: Count, limits: Limits) -> lx.RESULTS:
     return where(solve.residual <= limits.target, results.successful, failed)
 
 
-def _applications(system: LinearSystem, solve: Solve, steps: Count, left: bool) -> Count:
+def _applications(system: LinearSystem, solve: Solve, steps: Count) -> Count:
     if system.psolve is None:
         return jnp.zeros_like(steps)
-    if left:
-        return solve.cycle.matvecs + 1
     if solve.cycle.workspace.search is not None:
         return steps
     return steps + solve.cycles  # one at the end of each cycle
@@ -271,7 +305,8 @@ class AbstractMinimalResidual(AbstractKrylovSolver):
         guess: Vector | None = None,
         verify: bool = False,
     ) -> KrylovResult:
-        return minimal_residual(
+        left = self.side == "left" and system.psolve is not None
+        return (on_the_left if left else minimal_residual)(
             system,
             vector,
             norm=norm,
@@ -281,7 +316,6 @@ class AbstractMinimalResidual(AbstractKrylovSolver):
             verify=verify,
             max_steps=10 * tree.size(vector) if self.max_steps is None else self.max_steps,
             orthogonalisation=self.orthogonalisation,
-            left=self.side == "left",
         )
 
     def _length(self, vector: Vector, real: bool) -> int:

@@ -37,6 +37,7 @@ class _Lanczos(NamedTuple):
     largest: Scalar  # of the columns of the tridiagonal matrix: at most ‖A‖
     idle: Count  # iterations in sequence without effect
     norm: Scalar  # ‖x‖
+    sign: Scalar  # of M⁻¹: it is taken as its positive definite multiple
 
 
 class MINRES(AbstractShortRecurrence):
@@ -44,24 +45,24 @@ class MINRES(AbstractShortRecurrence):
 
     Minimises ‖b − A x_k‖ over x₀ + M⁻¹K_k(A M⁻¹, r₀) by the Lanczos process and a QR factorisation
     of its tridiagonal matrix. Without preconditioner the norm is the 2-norm. With one, which must
-    be Hermitian positive definite, it is √(rᴴM⁻¹r); r itself is carried along by a recurrence, and
-    what is tested against atol + rtol ‖b‖ is its 2-norm, ‖r_k‖₂, also then.
+    be Hermitian and definite, of either sign, it is √|rᴴM⁻¹r|; r itself is carried along by a
+    recurrence, and what is tested against atol + rtol ‖b‖ is its 2-norm, ‖r_k‖₂, also then.
 
-    A must be Hermitian; nothing checks it. (A complex A that is only real-linear must be symmetric
-    with respect to Re⟨v, w⟩.)
+    A must be Hermitian. Of a real A a tag has to promise it (`lx.symmetric_tag`, or one of
+    semidefiniteness); nothing looks at values. (A complex A that is only real-linear must be
+    symmetric with respect to Re⟨v, w⟩.)
 
     **Arguments:**
 
     - `rtol`, `atol`: tolerances of a solve by `lx.linear_solve` and of the adjoint. Newton passes
       its forcing term instead.
     - `max_steps`: at most this many iterations in all; 10 n by default.
-    - `preconditioner`: see `nks.AbstractPreconditioner`; its M⁻¹ must be Hermitian and positive
-      definite.
+    - `preconditioner`: see `nks.AbstractPreconditioner`; its M⁻¹ must be Hermitian and definite.
 
     Reports `max_steps_reached`; `stagnation` where A r vanishes to rounding but r does not (A is
     singular, b not in its range: x is a least-squares solution, of ‖r‖₂ without preconditioner) or
     the tolerance is below the rounding level; `breakdown` where A v or M⁻¹v is not finite or M⁻¹
-    is not positive definite, with the x of the iteration before.
+    is not definite, with the x of the iteration before.
 
     Storage: b, x, r, two Lanczos vectors, two search directions: 7 vectors, and one more with a
     preconditioner; what A and M⁻¹ return comes on top. Work: one matvec, one application of M⁻¹ and
@@ -77,10 +78,16 @@ class MINRES(AbstractShortRecurrence):
     max_steps: int | None = eqx.field(static=True, default=None)
     preconditioner: AbstractPreconditioner = Identity()
 
+    @property
+    def needs_symmetry(self) -> bool:
+        return True
+
     def begin(self, context: Context, progress: Progress) -> tuple[Progress, PyTree]:
         r = progress.r
         z = context.solve(r)
         square = tree.vdot(r, z).real
+        sign = jnp.where(square < 0, -jnp.ones_like(square), jnp.ones_like(square))
+        square = sign * square
         progress = progress.worked(applications=1)
         progress = _checked(progress, square > 0, jnp.zeros_like(progress.broken))
         gamma = jnp.sqrt(jnp.where(square > 0, square, 1))
@@ -88,7 +95,7 @@ class MINRES(AbstractShortRecurrence):
         return progress, _Lanczos(
             u=tree.scale(1 / gamma, r),
             previous_u=nothing,
-            z=tree.scale(1 / gamma, z) if context.preconditioned else None,
+            z=tree.scale(sign / gamma, z) if context.preconditioned else None,
             gamma=gamma,
             w=nothing,
             previous_w=nothing,
@@ -100,6 +107,7 @@ class MINRES(AbstractShortRecurrence):
             largest=no,
             idle=jnp.zeros_like(progress.num_steps),
             norm=context.norm(progress.x),
+            sign=sign,
         )
 
     def advance(
@@ -112,7 +120,7 @@ class MINRES(AbstractShortRecurrence):
         # γ_{k+1} u_{k+1} = A z_k − δ_k u_k − γ_k u_{k−1}
         t = tree.axpy(-gamma, memory.previous_u, tree.axpy(-delta, u, q))
         y = context.solve(t)
-        square = tree.vdot(t, y).real
+        square = memory.sign * tree.vdot(t, y).real
         below = jnp.sqrt(jnp.maximum(square, 0))
         # Column k of the tridiagonal matrix, (γ_k, δ_k, γ_{k+1}), under the rotations before.
         third, second = memory.previous_s * gamma, s * delta + memory.previous_c * c * gamma
@@ -145,7 +153,7 @@ class MINRES(AbstractShortRecurrence):
         return progress.worked(steps=1, matvecs=1, applications=1), _Lanczos(
             u=next_u,
             previous_u=u,
-            z=None if memory.z is None else tree.scale(_reciprocal(below), y),
+            z=None if memory.z is None else tree.scale(memory.sign * _reciprocal(below), y),
             gamma=below,
             w=w,
             previous_w=memory.w,
@@ -157,6 +165,7 @@ class MINRES(AbstractShortRecurrence):
             largest=largest,
             idle=idle,
             norm=norm,
+            sign=memory.sign,
         )
 
 

@@ -35,12 +35,14 @@ class _Refinement(NamedTuple):
     residual: Scalar  # ‖b − A x‖, or what the Krylov method says of it
     work: _Work
     workspace: PyTree
+    passes: Count
     done: Flag
     exhausted: Flag  # the Krylov method used up its steps
 
 
 def solve_mixed(
     solver: Any,
+    low: LinearSystem,
     state: KrylovState,
     vector: Vector,
     *,
@@ -51,18 +53,20 @@ def solve_mixed(
     guess: Vector | None = None,
     verify: bool = False,
 ) -> KrylovResult:
-    """Solves A x = vector in the vector's precision by solves in that of `state.operator`.
+    """Solves A x = vector in the vector's precision by solves in that of `state.operator`, of which
+    `low` is the system.
 
     x ← x + d, A d ≈ b − A x by the Krylov method `solver` in the lower precision, until
     ‖b − A x‖ ≤ tolerance. The residual is computed in the vector's precision by `state.wide`, but
     not where the method says that it reached the tolerance and nobody verifies it. Where a pass
     does not halve the residual (κ(A) is beyond the lower precision), the rest is solved for in the
-    vector's own, with the preconditioner of the lower. `workspace` is of the lower precision.
+    vector's own, with the preconditioner of the lower; each but the first pass counts as a restart.
+    `workspace` is of the lower precision.
 
     Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., SIAM 2002, §12.1.
     """
     assert state.wide is not None
-    mv, low = state.wide.mv, state.system(real)
+    wide, mv = state.wide, state.wide.mv
     space = state.operator.out_structure()
     norm = tree.norm2(vector) if norm is None else norm
     target = jnp.asarray(tolerance).astype(norm.dtype)
@@ -99,18 +103,20 @@ def solve_mixed(
             residual=jnp.where(better, residual, c.residual),
             work=c.work.plus(out).matvec(check),
             workspace=out.workspace,
+            passes=c.passes + tree.count(running),
             done=c.done | ~(residual > target) | ~(residual <= 0.5 * c.residual) | exhausted,
             exhausted=c.exhausted | exhausted,
         )
 
     done = ~(residual > target)
-    start = _Refinement(x, r, residual, work, workspace, done, jnp.zeros_like(done))
+    none, no = jnp.zeros_like(norm, jnp.int32), jnp.zeros_like(done)
+    start = _Refinement(x, r, residual, work, workspace, none, done, no)
     end = lax.while_loop(lambda c: any_lane(~c.done), refine, start)
     stuck = (end.residual > target) & ~end.exhausted
 
     def in_own_precision() -> tuple[Vector, Scalar, _Work, lx.RESULTS]:
         out = solver.solve(
-            _widened(low, mv, vector, space),
+            _widened(low, wide, space),
             end.r,
             tolerance=jnp.where(stuck, target, jnp.inf),
             workspace=solver.workspace(vector, real=real),
@@ -129,6 +135,9 @@ def solve_mixed(
 
     x, residual, work, failed = lax.cond(any_lane(stuck), in_own_precision, as_it_is)
     failed = lx.RESULTS.where(jnp.isfinite(residual), failed, lx.RESULTS.breakdown)
+    # Each pass but the first begins with the residual of the one before.
+    again = jnp.maximum(end.passes - 1, 0) + tree.count(stuck)
+    work = work._replace(num_restarts=work.num_restarts + again)
     return KrylovResult(
         value=x,
         residual_norm=residual,
@@ -139,11 +148,19 @@ def solve_mixed(
     )
 
 
-def _widened(low: LinearSystem, mv: LinearFn, vector: Vector, space: Any) -> LinearSystem:
-    """The system in the vector's precision, whose preconditioner works in the lower."""
-    psolve = low.psolve
-    if psolve is None:
-        return LinearSystem(mv, None, low.real)
+def _widened(low: LinearSystem, wide: lx.AbstractLinearOperator, space: Any) -> LinearSystem:
+    """The system in the precision of `wide`, whose preconditioner works in the lower."""
+
+    def cast(apply: LinearFn | None, vector: Any) -> LinearFn | None:
+        if apply is None:
+            return None
+        return lambda v: tree.cast_like(apply(tree.cast_like(v, space)), vector)
+
+    structures = wide.in_structure(), wide.out_structure()
     return LinearSystem(
-        mv, lambda v: tree.cast_like(psolve(tree.cast_like(v, space)), vector), low.real
+        wide.mv,
+        cast(low.psolve, structures[0]),
+        low.real,
+        lambda w: wide.transpose().mv(w),
+        cast(low.transpose_psolve, structures[1]),
     )

@@ -137,6 +137,14 @@ class SwitchingLinear(AbstractKrylovSolver):
         """Of the Krylov method."""
         return self.krylov.preconditioner
 
+    @property
+    def needs_symmetry(self) -> bool:
+        return self.krylov.needs_symmetry
+
+    @property
+    def needs_transpose(self) -> bool:
+        return self.krylov.needs_transpose
+
     def chosen(
         self, operator: Callable[[], lx.AbstractLinearOperator], y: Y, args: Args
     ) -> "SwitchingLinear":
@@ -148,6 +156,9 @@ class SwitchingLinear(AbstractKrylovSolver):
 
     def check_operator(self, operator: lx.AbstractLinearOperator) -> None:
         self.krylov.check_operator(operator)
+
+    def for_derivatives(self) -> "SwitchingLinear":
+        return SwitchingLinear(self.krylov.for_derivatives(), self.rule, self.damping)
 
     def workspace(self, vector: Vector, *, real: bool) -> SwitchingWorkspace:
         nothing = jnp.zeros((), tree.real_dtype(vector))

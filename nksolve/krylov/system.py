@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import lineax as lx
 from jaxtyping import PyTree
 
+from .. import tree
 from ..loops import any_lane
 from ..typing import Count, Flag, LinearFn, Scalar, Vector
 
@@ -59,9 +61,10 @@ class KrylovState(eqx.Module):
     preconditioner: lx.AbstractLinearOperator
     wide: lx.AbstractLinearOperator | None = None
 
-    def system(self, real: bool) -> LinearSystem:
-        """The system as functions."""
-        identity = isinstance(self.preconditioner, lx.IdentityLinearOperator)
+    def system(self, real: bool, *, preconditioned: bool = False) -> LinearSystem:
+        """The system as functions, with the identity for M⁻¹ only where it must be
+        `preconditioned`."""
+        identity = isinstance(self.preconditioner, lx.IdentityLinearOperator) and not preconditioned
         return LinearSystem(
             self.operator.mv,
             None if identity else self.preconditioner.mv,
@@ -81,3 +84,16 @@ class KrylovState(eqx.Module):
     def _mapped(self, change: Callable) -> "KrylovState":
         wide = None if self.wide is None else change(self.wide)
         return KrylovState(change(self.operator), change(self.preconditioner), wide)
+
+
+def check_endomorphism(name: str, psolve: LinearFn, structure: tree.Structure) -> None:
+    """Raises unless M⁻¹ maps the space of x, of that structure, to itself."""
+    try:
+        image = tree.structure(jax.eval_shape(psolve, structure))
+    except (TypeError, ValueError) as error:
+        image = error
+    if image != structure:
+        raise ValueError(
+            f"{name} applies M⁻¹ on the right, so it must map the space of x, {structure}, to "
+            f"itself; it gives {image}."
+        )

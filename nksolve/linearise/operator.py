@@ -133,6 +133,11 @@ class JacobianOperator(lx.AbstractLinearOperator):
         return tree.thaw(self._out)
 
 
+def low_of(operator: lx.AbstractLinearOperator) -> np.dtype | None:
+    """The lower precision in which linear systems with an operator are to be solved, if any."""
+    return operator.linear_map.low if isinstance(operator, JacobianOperator) else None
+
+
 @lx.linearise.register(JacobianOperator)
 def _(operator):
     return operator

@@ -57,6 +57,21 @@ class Hurried(AbstractKrylovSolver):
         """Of the method."""
         return self.method.is_flexible
 
+    @property
+    def underlying(self) -> AbstractKrylovSolver:
+        return self.method
+
+    @property
+    def needs_symmetry(self) -> bool:
+        return self.method.needs_symmetry
+
+    @property
+    def needs_transpose(self) -> bool:
+        return self.method.needs_transpose
+
+    def check_operator(self, operator: lx.AbstractLinearOperator) -> None:
+        self.method.check_operator(operator)
+
     def workspace(self, vector: Vector, *, real: bool) -> PyTree:
         return self.method.workspace(vector, real=real)
 

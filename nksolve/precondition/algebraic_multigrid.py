@@ -232,6 +232,10 @@ class AlgebraicMultigrid(AbstractPreconditioner):
             return 0
         return (self.cycle.pre + self.cycle.post) * len(self.smoother.coefficients(1))
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return self.cycle.is_symmetric
+
 
 class _Known(AbstractNodes):
     """Nodes whose inverse is known."""

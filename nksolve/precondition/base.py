@@ -91,6 +91,19 @@ class AbstractPreconditioner(eqx.Module):
         """Whether M⁻¹ is an iteration, not a linear map: for flexible methods only."""
         return False
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        """Whether M⁻¹ is symmetric where J is, as `nks.CG` and `nks.MINRES` need it."""
+        return True
+
+    @property
+    def needs_transpose(self) -> bool:
+        """Whether M⁻¹v multiplies by Jᵀ."""
+        return False
+
+    def check(self) -> None:
+        """Raises where it cannot be the preconditioner of a linear solve."""
+
 
 class Identity(AbstractPreconditioner):
     """No preconditioning."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
+import jax.core
 import jax.numpy as jnp
 import lineax as lx
 from equinox import AbstractVar
@@ -110,6 +111,18 @@ class AbstractComposite(AbstractPreconditioner):
     def is_variable(self) -> bool:
         return any(part.is_variable for part in self.parts)
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return all(part.keeps_symmetry for part in self.parts)
+
+    @property
+    def needs_transpose(self) -> bool:
+        return any(part.needs_transpose for part in self.parts)
+
+    def check(self) -> None:
+        for part in self.parts:
+            part.check()
+
 
 class Additive(AbstractComposite):
     """M⁻¹ = Σᵢ Mᵢ⁻¹.
@@ -169,6 +182,10 @@ class Multiplicative(AbstractComposite):
     def keeps_operator(self) -> bool:
         return len(self.parts) > 1
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return super().keeps_symmetry and _is_mirrored(self.parts)
+
     def operators(self, operator: lx.AbstractLinearOperator) -> list[lx.AbstractLinearOperator]:
         return [operator] * len(self.parts)
 
@@ -205,6 +222,12 @@ def _sweep(mv: LinearFn, parts: list[LinearFn], r: Vector) -> Vector:
     for part in parts[1:]:
         z = tree.add(z, part(tree.sub(r, mv(z))))
     return z
+
+
+def _is_mirrored(parts: tuple[AbstractPreconditioner, ...]) -> bool:
+    """Whether the parts read the same from both ends; traced numbers in them may."""
+    pairs = [eqx.tree_equal(a, b) for a, b in zip(parts, reversed(parts), strict=True)]
+    return all(isinstance(same, jax.core.Tracer) or bool(same) for same in pairs)
 
 
 def _added(vectors: list[Vector]) -> Vector:

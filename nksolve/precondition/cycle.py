@@ -184,6 +184,11 @@ class AbstractCycle(eqx.Module):
     def transpose(self) -> "AbstractCycle":
         """The cycle of the transpose."""
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether M⁻¹ is symmetric where J is and R = c Pᵀ."""
+        return self.pre == self.post
+
     def run(self, hierarchy: Hierarchy, vector: Vector) -> Vector:
         """M⁻¹ b."""
         if not hierarchy.levels:
@@ -273,6 +278,10 @@ class FCycle(AbstractCycle):
         residual = below.levels[0].residual(vector, x)
         return tree.add(x, VCycle(self.pre, self.post).run(below, residual))
 
+    @property
+    def is_symmetric(self) -> bool:
+        return False
+
     def transpose(self) -> AbstractCycle:
         return _TransposedFCycle(self.post, self.pre)
 
@@ -287,6 +296,10 @@ class _TransposedFCycle(AbstractCycle):
         x = VCycle(self.pre, self.post).run(below, vector)
         residual = below.levels[0].residual(vector, x)
         return tree.add(x, self.run(below, residual))
+
+    @property
+    def is_symmetric(self) -> bool:
+        return False
 
     def transpose(self) -> AbstractCycle:
         return FCycle(self.post, self.pre)

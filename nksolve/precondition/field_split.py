@@ -88,6 +88,10 @@ class TriangularFieldSplit(AbstractComposite):
     def keeps_operator(self) -> bool:
         return len(self.parts) > 1
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return len(self.parts) == 1 and super().keeps_symmetry
+
     def operators(self, operator: lx.AbstractLinearOperator) -> list[lx.AbstractLinearOperator]:
         return _blocks(self.fields, operator)
 

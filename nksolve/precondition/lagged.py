@@ -120,6 +120,17 @@ class Lagged(AbstractPreconditioner):
     def is_variable(self) -> bool:
         return self.preconditioner.is_variable
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return self.preconditioner.keeps_symmetry
+
+    @property
+    def needs_transpose(self) -> bool:
+        return self.preconditioner.needs_transpose
+
+    def check(self) -> None:
+        self.preconditioner.check()
+
 
 class LaggedState(eqx.Module):
     """What is kept, and what the rules look at."""

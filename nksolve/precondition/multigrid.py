@@ -160,6 +160,13 @@ class Multigrid(AbstractPreconditioner):
         ndim = len(grid_of(self.grid, structure))
         return (self.cycle.pre + self.cycle.post) * len(self.smoother.coefficients(ndim))
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        axes = (self.grid,) if isinstance(self.grid, AbstractTransfer) else tuple(self.grid or ())
+        # R = c Pᵀ unless an axis says otherwise.
+        adjoint = all(type(axis).restrict is AbstractTransfer.restrict for axis in axes)
+        return self.cycle.is_symmetric and adjoint
+
     def structures(self, structure: tree.Structure) -> list[tree.Structure]:
         """Those of the unknown on all grids, finest first."""
         grid = grid_of(self.grid, structure)

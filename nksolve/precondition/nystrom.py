@@ -68,6 +68,10 @@ class Nystrom(AbstractPreconditioner):
     def num_probes(self, operator: lx.AbstractLinearOperator, y: Y, args: Args) -> int:
         return 2 * clipped(self.rank, operator.in_structure())
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return False  # B Qᴴ is not, where the rank of J − σI exceeds k
+
 
 class LowRank(AbstractLinearMap):
     """v → c v + L S R v, on vectors flattened leaf after leaf."""

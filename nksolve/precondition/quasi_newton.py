@@ -120,6 +120,17 @@ class QuasiNewton(AbstractPreconditioner):
     def matvecs_per_application(self, operator: lx.AbstractLinearOperator) -> int:
         return self.preconditioner.matvecs_per_application(operator)
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return False  # Broyden's updates are not symmetric
+
+    @property
+    def needs_transpose(self) -> bool:
+        return self.preconditioner.needs_transpose
+
+    def check(self) -> None:
+        self.preconditioner.check()
+
 
 class QuasiNewtonState(eqx.Module):
     """P₀⁻¹, and row by row s/‖s‖, P_k⁻¹y − s and 1/(sᴴP_k⁻¹y) (zero where there is no update)."""

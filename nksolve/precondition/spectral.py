@@ -172,6 +172,12 @@ class Spectral(AbstractPreconditioner):
     def as_operator(self, state: Any) -> lx.AbstractLinearOperator:
         return state
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        boundary = self.boundary if isinstance(self.boundary, tuple) else (self.boundary,)
+        weighted = any(type(b).weights is not AbstractBoundary.weights for b in boundary)
+        return self.convection is None and not weighted
+
 
 class _Axes(eqx.Module):
     """The grid of one leaf: its leading axes."""

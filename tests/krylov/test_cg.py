@@ -220,7 +220,8 @@ def test_truncation_in_lanes():
 def test_bratu_takes_the_matvecs_of_scipy():
     problem = bratu(24)
     b = -problem.fn(problem.y0, problem.args)
-    operator = nks.linearise(problem.fn, problem.y0, problem.args).operator
+    symmetric = frozenset({lx.symmetric_tag})
+    operator = nks.linearise(problem.fn, problem.y0, problem.args, tags=symmetric).operator
     mv = jax.jit(operator.mv)
     for rtol in (1e-3, 1e-8):
         matvecs = []
@@ -245,7 +246,8 @@ def test_newton_and_its_gradient():
     @ft.partial(jax.jit, static_argnums=0)
     def solve(solver, lam):
         def loss(lam):
-            solution = nks.root_find(problem.fn, solver, problem.y0, lam)
+            tags = frozenset({lx.symmetric_tag})
+            solution = nks.root_find(problem.fn, solver, problem.y0, lam, tags=tags)
             return jnp.sum(solution.value**2), solution.stats
 
         return jax.value_and_grad(loss, has_aux=True)(lam)

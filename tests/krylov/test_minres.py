@@ -124,7 +124,8 @@ def test_bratu_takes_the_iterations_of_scipy():
     """SciPy stops by another test: its iterates are held to ours."""
     problem = bratu(24)
     b = -problem.fn(problem.y0, problem.args)
-    operator = nks.linearise(problem.fn, problem.y0, problem.args).operator
+    symmetric = frozenset({lx.symmetric_tag})
+    operator = nks.linearise(problem.fn, problem.y0, problem.args, tags=symmetric).operator
     mv = jax.jit(operator.mv)
     apply = lambda v: np.asarray(mv(jnp.asarray(v.reshape(b.shape)))).ravel()
     flat = np.asarray(b).ravel()
@@ -152,7 +153,8 @@ def test_newton_on_an_indefinite_problem():
         solver = nks.NewtonKrylov(1e-11, 0.0, linear_solver=method)
 
         def loss(s):
-            solution = nks.root_find(fn, solver, jnp.zeros(N), s)
+            tags = frozenset({lx.symmetric_tag})
+            solution = nks.root_find(fn, solver, jnp.zeros(N), s, tags=tags)
             return jnp.sum(solution.value**2), solution.stats
 
         return jax.value_and_grad(loss, has_aux=True)(s)

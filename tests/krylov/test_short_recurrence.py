@@ -57,8 +57,10 @@ def _alone(method, structure, preconditioned, warm, max_steps=None):
         scales = jnp.asarray(SCALES).astype(rhs.dtype)
         build = lambda *_: lambda v: wrap(scales * _flat(v))
         preconditioner = nks.UserPreconditioner(build) if preconditioned else nks.Identity()
+        # Lineax has no tag for what is Hermitian but not symmetric.
+        tags = () if jnp.iscomplexobj(rhs) else (lx.symmetric_tag,)
         operator = lx.FunctionLinearOperator(
-            lambda v: wrap(matrix @ _flat(v)), jax.eval_shape(lambda: b)
+            lambda v: wrap(matrix @ _flat(v)), jax.eval_shape(lambda: b), tags
         )
         solver = METHODS[method](rtol=rtol, max_steps=max_steps, preconditioner=preconditioner)
         options = {"y0": wrap(guess)} if warm else {}

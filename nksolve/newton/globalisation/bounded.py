@@ -151,11 +151,9 @@ class AbstractBoundedStep(AbstractTrustRegion):
     def subspace(self, model: Model) -> Space:
         bounded = Bounded.of(model.workspace, model.norm)
         direction = model.direction
-        # With a lower precision the last space is that of a correction to d.
-        same = tree.scalar_dtype(bounded.basis.blocks[0]) == tree.scalar_dtype(direction.vector)
         there = (model.num_restarts == 0) & (model.workspace.record.columns > 0)
         full = tree.norm2(direction.vector).astype(model.norm.dtype)
-        return Space(bounded, full, direction.residual, there & bounded.usable & same)
+        return Space(bounded, full, direction.residual, there & bounded.usable)
 
     def step(self, subspace: Space, radius: Scalar) -> Step:
         chosen = _chosen(subspace, radius)

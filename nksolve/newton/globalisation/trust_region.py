@@ -161,6 +161,10 @@ class Dogleg(AbstractTrustRegion):
         del state
         return 2, 1
 
+    @property
+    def needs_transpose(self) -> bool:
+        return True
+
     def nothing(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _Path:
         del workspace
         return _Path(tree.zeros_like(variables), *(jnp.zeros_like(norm) for _ in range(8)))
@@ -215,7 +219,7 @@ def _coefficients(path: _Path, radius: Scalar) -> tuple[Scalar, Scalar]:
     t = jnp.where(slope > 0, room / (slope + root), (root - slope) / curvature)
     t = jnp.clip(jnp.where(jnp.isfinite(t), t, jnp.zeros_like(t)), 0, 1)
     outside = cc >= radius**2
-    inside = dd <= radius**2
+    inside = jnp.sqrt(dd) <= radius  # as a radius of ‖d‖ is made: its square may be less than dd
     zero, one = jnp.zeros_like(cc), jnp.ones_like(cc)
     shrunk = radius / jnp.sqrt(jnp.where(outside, cc, one))
     a = jnp.where(inside, zero, jnp.where(outside, shrunk, 1 - t))

@@ -77,6 +77,14 @@ class InUnits(AbstractPreconditioner):
     def is_variable(self) -> bool:
         return self.preconditioner.is_variable
 
+    @property
+    def keeps_symmetry(self) -> bool:
+        return self.preconditioner.keeps_symmetry
+
+    @property
+    def needs_transpose(self) -> bool:
+        return self.preconditioner.needs_transpose
+
     def _plain(self, operator: lx.AbstractLinearOperator) -> lx.AbstractLinearOperator:
         if isinstance(operator, JacobianOperator) and isinstance(operator.linear_map, UnitsMap):
             return operator.linear_map.operator

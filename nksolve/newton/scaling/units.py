@@ -10,10 +10,9 @@ import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
 
-from ...krylov.cg import CG
-from ...krylov.minres import MINRES
+from ...krylov.base import AbstractKrylovSolver
 from ...linearise.linearisation import AbstractLinearisable, Linearisation, linearise
-from ...linearise.operator import AbstractLinearMap, JacobianOperator
+from ...linearise.operator import AbstractLinearMap, JacobianOperator, low_of
 from ...linearise.policies import AbstractPolicy, _DifferenceMap
 from ...linearise.views import divided, times
 from ...typing import Args, Fn, Vector, Y
@@ -81,8 +80,7 @@ class UnitsMap(AbstractLinearMap):
 
     @property
     def low(self) -> np.dtype | None:
-        operator = self.operator
-        return operator.linear_map.low if isinstance(operator, JacobianOperator) else None
+        return low_of(self.operator)
 
 
 def viewed(
@@ -186,8 +184,8 @@ def refusal(part: Any, congruent: bool) -> str | None:
 
 
 @refusal.register
-def _(part: CG | MINRES, congruent: bool) -> str | None:
-    if congruent:
+def _(part: AbstractKrylovSolver, congruent: bool) -> str | None:
+    if congruent or not part.needs_symmetry:
         return None
     return (
         "it needs a symmetric J, but S_F⁻¹ J S_u is symmetric only with S_F = S_u⁻¹. Say "

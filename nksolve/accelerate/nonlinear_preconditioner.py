@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import optimistix as optx
 
 from .. import tree
+from ..history import PerLeaf
 from ..linearise.linearisation import AbstractLinearisable, Linearisation
 from ..linearise.policies import AbstractPolicy
 from ..newton.base import AbstractRootFinder
+from ..newton.globalisation.feasible import Feasible
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.scaling.units import refusal
 from ..newton.state import Counters, NewtonState
@@ -105,6 +107,28 @@ def displacement(solver: NewtonKrylov, state: NewtonState) -> Vector:
     """The step that Newton's method tries next."""
     step = solver.globalisation.displacement(state.search, state.direction.vector)
     return tree.where(state.reason == REASONS.iterating, step, tree.zeros_like(step))
+
+
+def check_around(name: str, solver: Any, preconditioner: Any) -> None:
+    """Raises where a nonlinear preconditioner cannot stand inside of a solver."""
+    if not isinstance(solver, NewtonKrylov):
+        raise TypeError(f"`{name}` wraps an `nks.NewtonKrylov`, but got {solver!r}.")
+    if not isinstance(preconditioner, NonlinearPreconditioner):
+        raise TypeError(
+            f"`{name}` takes an `nks.NonlinearPreconditioner(inner)`, but got {preconditioner!r}."
+        )
+    if isinstance(solver.history_length, PerLeaf):
+        raise ValueError(
+            f"`{name}` records ‖F‖ alone: give its solver an integer `history_length`, not "
+            "`nks.PerLeaf`."
+        )
+    inner = getattr(preconditioner.inner, "globalisation", None)
+    if isinstance(solver.globalisation, Feasible) and not isinstance(inner, Feasible):
+        raise ValueError(
+            f"`{name}` with `Feasible`: the points of the inner solver know no bounds. Give it "
+            "some too, `nks.NewtonKrylov(globalisation=nks.Feasible(...))`, or solve without a "
+            "nonlinear preconditioner."
+        )
 
 
 class _WithoutAux(AbstractLinearisable):

@@ -11,7 +11,6 @@ from equinox import AbstractVar
 from jaxtyping import Array
 
 from .. import tree
-from ..history import PerLeaf
 from ..krylov.base import AbstractKrylovSolver
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..linearise.policies import AbstractPolicy
@@ -22,7 +21,12 @@ from ..newton.state import Best, Counters, NewtonState
 from ..precondition.base import join, split
 from ..results import REASONS, is_success
 from ..typing import Args, Aux, Count, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
-from .nonlinear_preconditioner import InnerWork, NonlinearPreconditioner, displacement
+from .nonlinear_preconditioner import (
+    InnerWork,
+    NonlinearPreconditioner,
+    check_around,
+    displacement,
+)
 
 
 class Tried(NamedTuple):
@@ -71,19 +75,7 @@ class AbstractNonlinearlyPreconditioned(AbstractRootFinder):
     num_beyond: ClassVar[int] = 0
 
     def __check_init__(self):
-        name = type(self).__name__
-        if not isinstance(self.solver, NewtonKrylov):
-            raise TypeError(f"`{name}` wraps an `nks.NewtonKrylov`, but got {self.solver!r}.")
-        if not isinstance(self.preconditioner, NonlinearPreconditioner):
-            raise TypeError(
-                f"`{name}` takes an `nks.NonlinearPreconditioner(inner)`, but got "
-                f"{self.preconditioner!r}."
-            )
-        if isinstance(self.solver.history_length, PerLeaf):
-            raise ValueError(
-                f"`{name}` records ‖F‖ alone: give its solver an integer `history_length`, not "
-                "`nks.PerLeaf`."
-            )
+        check_around(type(self).__name__, self.solver, self.preconditioner)
 
     @abc.abstractmethod
     def tried(self, fn: Fn, y: Y, args: Args, tags: frozenset[object]) -> Tried:
@@ -330,6 +322,14 @@ class LeftPreconditioned(AbstractNonlinearlyPreconditioned):
 
     def __init__(self, solver: NewtonKrylov, preconditioner: NonlinearPreconditioner):
         self.solver, self.preconditioner = solver, preconditioner
+
+    def __check_init__(self):
+        method = self.solver.linear_solver
+        if method.needs_symmetry:
+            raise ValueError(
+                "`LeftPreconditioned` solves with ∂N/∂x − I, which is not symmetric where J is, as "
+                f"`{type(method).__name__}` needs it to be: take `nks.GMRES()`."
+            )
 
     def tried(self, fn: Fn, y: Y, args: Args, tags: frozenset[object]) -> Tried:
         """F(y), and the linearisation of N(x) − x there."""

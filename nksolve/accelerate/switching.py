@@ -71,6 +71,7 @@ class Switching(AbstractRootFinder):
                 f"{self.linear_solver!r}: wrap the Krylov method as `SwitchingLinear(krylov)`, or "
                 "use `nks.NewtonKrylov`."
             )
+        assert self.newton is not None  # whose parts are checked as it is made
 
     @property
     def newton(self) -> NewtonKrylov:

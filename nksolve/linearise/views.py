@@ -9,10 +9,23 @@ import numpy as np
 
 from .. import tree
 from ..typing import Scalar, Vector
-from .operator import AbstractLinearMap, JacobianOperator
+from .operator import AbstractLinearMap, JacobianOperator, low_of
+from .tags import holomorphic_tag
 
 #: An axis shorter than this is narrow.
 _NARROW = 16
+
+
+def _is_holomorphic(operator: lx.AbstractLinearOperator) -> bool:
+    return not isinstance(operator, JacobianOperator) or holomorphic_tag in operator.tags
+
+
+#: What of A and of M is so of A + c M.
+_KEPT = (
+    (lx.is_symmetric, lx.symmetric_tag),
+    (lx.is_positive_semidefinite, lx.positive_semidefinite_tag),
+    (_is_holomorphic, holomorphic_tag),
+)
 
 
 class ShiftedMap(AbstractLinearMap):
@@ -59,13 +72,26 @@ class SumMap(AbstractLinearMap):
         product = self.operator.transpose().mv(vector)
         return tree.axpy(self.factor, weighted(transposed_mass(self.mass), vector), product)
 
+    @property
+    def low(self) -> np.dtype | None:
+        return low_of(self.operator)
+
 
 def plus_multiple(
     operator: lx.AbstractLinearOperator, factor: Scalar, mass: Any = None
 ) -> JacobianOperator:
-    """A + c M, on A's linearisation; M is the identity if not given."""
+    """A + c M, c ≥ 0, on A's linearisation; M is the identity if not given.
+
+    A promise of A that M keeps is one of the sum; a diagonal of M is one of positive numbers.
+    """
     structures = operator.in_structure(), operator.out_structure()
-    return JacobianOperator(SumMap(operator, factor, mass), *structures)
+    factor = factor.astype(tree.real_dtype(structures[0]))
+    kept = {
+        tag
+        for holds, tag in _KEPT
+        if holds(operator) and (not isinstance(mass, lx.AbstractLinearOperator) or holds(mass))
+    }
+    return JacobianOperator(SumMap(operator, factor, mass), *structures, frozenset(kept))
 
 
 def shifted(operator: JacobianOperator, gamma: Scalar) -> JacobianOperator:

@@ -12,23 +12,23 @@ from jaxtyping import PyTree
 
 from .. import tree
 from ..history import History, PerLeaf
-from ..krylov.base import AbstractKrylovSolver, KrylovResult, KrylovState, check_tolerances
+from ..krylov.base import AbstractKrylovSolver, KrylovState, check_tolerances
 from ..krylov.basis import as_real_space
 from ..krylov.gmres import GMRES
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..linearise.lower import working
 from ..linearise.policies import AbstractPolicy, Linearise
 from ..linearise.tags import holomorphic_tag
-from ..linearise.views import plus_multiple
 from ..loops import AbstractProgressMeter, NoProgressMeter
 from ..results import REASONS, first_of, is_success, to_optimistix
 from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
 from .base import AbstractRootFinder, check_square
+from .composition import check_start, solved_with
 from .convergence import AbstractConvergenceTest, ResidualTest, Standing
 from .forcing import AbstractForcing, Progress
 from .globalisation.base import AbstractGlobalisation, Linear, Model, Trial
 from .globalisation.line_search import Backtracking
-from .preconditioning import Refreshed, carried_arrays, matvecs_per_application, refreshed
+from .preconditioning import carried_arrays, matvecs_per_application, refreshed
 from .report import Choice, StepReport, print_choice, told
 from .state import Best, Counters, Direction, NewtonState, Verdict
 from .tightened import Tightened
@@ -92,7 +92,7 @@ class NewtonKrylov(AbstractRootFinder):
                 f"but it is {self.linear_solver!r}. Lineax's solvers can neither stop at a forcing "
                 "term nor take a preconditioner along."
             )
-        self.globalisation.check(self.linear_solver)
+        self.globalisation.check(self.linear_solver.underlying)
 
     def init(
         self,
@@ -112,8 +112,9 @@ class NewtonKrylov(AbstractRootFinder):
         variables = eqx.filter(y, eqx.is_inexact_array)
         check_square(tree.structure(variables), f_struct)
         dtype = tree.real_dtype(variables)
-        operator = lambda: working(self._linearise(fn, y, args, tags).operator)
+        operator = lambda: self._solved_with(fn, y, args, tags, None)
         linear_solver = self.linear_solver.chosen(operator, y, args)
+        check_start(self.globalisation, linear_solver, self.policy, operator)
         if self.verbose is True:
             print_choice(self.linear_solver.why(operator, y, args))
         workspace = linear_solver.workspace(
@@ -160,13 +161,14 @@ class NewtonKrylov(AbstractRootFinder):
         point = eqx.combine(trial, static)
         lin = self._linearise(fn, point, args, tags)
         norm, test_norm = tree.norm2(lin.value), self.norm(lin.value)
-        here = lambda: self._linear(lin.operator, point, args, tags)
+        here = lambda: self._linear(
+            solved_with(self.globalisation, state.search, lin.operator), point, args, tags
+        )
         verdict = self._judge(state, running, trial, lin.value, norm, test_norm, here)
 
         # Where no direction is wanted the tolerance is infinite, and the solver does nothing.
         eta, forcing = self.forcing.eta(self._progress(state, norm, test_norm), state.forcing)
-        shift = self.globalisation.shift(verdict.search)
-        wide = lin.operator if shift is None else plus_multiple(lin.operator, *shift)
+        wide = solved_with(self.globalisation, verdict.search, lin.operator)
         operator = working(wide)
         wide = None if operator is wide else wide
         linear_solver = self.linear_solver.chosen(lambda: operator, point, args)
@@ -218,7 +220,15 @@ class NewtonKrylov(AbstractRootFinder):
             ),
             workspace=linear.workspace,
             reason=reason,
-            counters=self._counted(state, running, verdict, linear, preconditioner),
+            counters=state.counters.after(
+                running,
+                running & (state.trial > 0),
+                verdict,
+                linear,
+                self.globalisation.products(state.search),
+                self.globalisation.work(verdict.search),
+                (preconditioner.updated, preconditioner.num_probes),
+            ),
         )
         length = self.globalisation.step_length(state.search)
         row = {
@@ -267,7 +277,7 @@ class NewtonKrylov(AbstractRootFinder):
             "initial_residual_norm": state.initial_norm,
             "reason": REASONS.where(exhausted, REASONS.max_steps, state.reason),
         }
-        operator = lambda: working(self._linearise(fn, y, args, tags).operator)
+        operator = lambda: self._solved_with(fn, y, args, tags, state.search)
         linear_solver = self.linear_solver.chosen(operator, y, args)
         stats |= linear_solver.report(state.workspace)
         if why := self.linear_solver.why(operator, y, args):
@@ -288,8 +298,12 @@ class NewtonKrylov(AbstractRootFinder):
         """The state of the globalisation before a first point."""
         variables = eqx.filter(y, eqx.is_inexact_array)
         one = jnp.ones((), tree.real_dtype(variables))
-        linear = lambda: self._linear(self._linearise(fn, y, args, tags).operator, y, args, tags)
         search = self.globalisation.init(variables, one, workspace)
+
+        def linear() -> Linear:
+            found = self._linearise(fn, y, args, tags).operator
+            return self._linear(solved_with(self.globalisation, search, found), y, args, tags)
+
         return self.globalisation.remember(search, linear)
 
     def target(self, initial_norm: Scalar) -> Scalar:
@@ -301,6 +315,13 @@ class NewtonKrylov(AbstractRootFinder):
         # Only the derivative with respect to y is wanted: args are closed over.
         target = fn if isinstance(fn, AbstractLinearisable) else lambda y, _: fn(y, args)
         return linearise(target, y, has_aux=True, policy=self.policy, tags=tags)
+
+    def _solved_with(
+        self, fn: Fn, y: Y, args: Args, tags: frozenset[object], search: PyTree
+    ) -> lx.AbstractLinearOperator:
+        """The operator of the linear systems at a point."""
+        found = self._linearise(fn, y, args, tags).operator
+        return working(solved_with(self.globalisation, search, found))
 
     def _linear(self, operator: Any, y: Y, args: Args, tags: frozenset[object]) -> Linear:
         solver = self.linear_solver.chosen(lambda: working(operator), y, args)
@@ -364,36 +385,6 @@ class NewtonKrylov(AbstractRootFinder):
         tol = tree.eps(variables) if self.step_tol is None else self.step_tol
         flags = jtu.tree_map(lambda s, y: jnp.all(jnp.abs(s) <= tol * jnp.abs(y)), step, variables)
         return jnp.stack(jtu.tree_leaves(flags) or [jnp.array(True)]).all()
-
-    def _counted(
-        self,
-        state: NewtonState,
-        running: Flag,
-        verdict: Verdict,
-        linear: KrylovResult,
-        preconditioner: Refreshed,
-    ) -> Counters:
-        old, stepped = state.counters, running & (state.trial > 0)
-        solved = tree.count(verdict.solve)
-        updated = tree.count(preconditioner.updated)
-        slope_matvecs = solved if linear.descent is None else 0
-        products, transposed = self.globalisation.products(state.search)
-        judging = self.globalisation.work(verdict.search)
-        slope_matvecs = slope_matvecs + solved * products + judging[0]
-        transposed = linear.num_transposed_matvecs + solved * transposed + judging[1]
-        applications = linear.num_preconditioner_applications + judging[2]
-        failed = verdict.solve & (linear.result != lx.RESULTS.successful)
-        return Counters(
-            num_steps=old.num_steps + tree.count(stepped & verdict.accepted),
-            num_rejected_steps=old.num_rejected_steps + tree.count(stepped & ~verdict.accepted),
-            num_linearisations=old.num_linearisations + tree.count(running),
-            num_matvecs=old.num_matvecs + linear.num_matvecs + slope_matvecs,
-            num_transposed_matvecs=old.num_transposed_matvecs + transposed,
-            num_preconditioner_applications=old.num_preconditioner_applications + applications,
-            num_preconditioner_updates=(old.num_preconditioner_updates + updated),
-            num_probes=old.num_probes + updated * preconditioner.num_probes,
-            num_linear_failures=old.num_linear_failures + tree.count(failed),
-        )
 
 
 def _real(variables: Vector, tags: frozenset[object]) -> bool:

@@ -166,6 +166,7 @@ class Robust(AbstractRootFinder):
         check_tolerances(self.rtol, self.atol)
         if not self.attempts or not all(isinstance(a, Attempt) for a in self.attempts):
             raise TypeError("`attempts` must be a tuple of one or more `nks.Attempt`s.")
+        assert self.newton is not None  # whose parts are checked as it is made
 
     @property
     def newton(self) -> NewtonKrylov:

@@ -61,6 +61,39 @@ class Counters(NamedTuple):
     num_probes: Count
     num_linear_failures: Count
 
+    def after(
+        self,
+        running: Flag,
+        stepped: Flag,
+        verdict: "Verdict",
+        linear: KrylovResult,
+        products: tuple[Count | int, Count | int],
+        judging: tuple[Count | int, Count | int, Count | int],
+        update: tuple[Flag, Count | int],
+    ) -> "Counters":
+        """Those after a trial, which is a step where it `stepped`, and its linear solve.
+
+        `products` are those with J and Jᵀ for a direction, `judging` those and applications of M⁻¹
+        for the verdict, `update` says whether M⁻¹ was made anew, and by how many matvecs.
+        """
+        solved, updated = tree.count(verdict.solve), tree.count(update[0])
+        slope = solved if linear.descent is None else 0
+        matvecs = linear.num_matvecs + slope + solved * products[0] + judging[0]
+        transposed = linear.num_transposed_matvecs + solved * products[1] + judging[1]
+        applications = linear.num_preconditioner_applications + judging[2]
+        failed = verdict.solve & (linear.result != lx.RESULTS.successful)
+        return Counters(
+            num_steps=self.num_steps + tree.count(stepped & verdict.accepted),
+            num_rejected_steps=self.num_rejected_steps + tree.count(stepped & ~verdict.accepted),
+            num_linearisations=self.num_linearisations + tree.count(running),
+            num_matvecs=self.num_matvecs + matvecs,
+            num_transposed_matvecs=self.num_transposed_matvecs + transposed,
+            num_preconditioner_applications=self.num_preconditioner_applications + applications,
+            num_preconditioner_updates=self.num_preconditioner_updates + updated,
+            num_probes=self.num_probes + updated * update[1],
+            num_linear_failures=self.num_linear_failures + tree.count(failed),
+        )
+
 
 class NewtonState(NamedTuple):
     """The state of a solve. Norms are 2-norms, but for the test norms."""

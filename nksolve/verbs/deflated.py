@@ -16,7 +16,6 @@ from ..linearise.operator import AbstractLinearMap, JacobianOperator
 from ..linearise.policies import AbstractPolicy
 from ..newton.base import AbstractRootFinder
 from ..newton.globalisation.base import AbstractGlobalisation, Judgement, Model, Trial
-from ..newton.globalisation.line_search import AbstractLineSearch
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.scaling.units import refusal
 from ..newton.state import Direction, NewtonState
@@ -68,7 +67,7 @@ class Deflated(AbstractRootFinder):
                 f"`Deflated` wraps an `nks.NewtonKrylov`, but got {solver!r}. Any other solver "
                 "takes `nks.deflate(fn, roots)` as its residual."
             )
-        if not isinstance(solver.globalisation, AbstractLineSearch):
+        if not solver.globalisation.is_line_search:
             raise ValueError(
                 "`Deflated` scales the Newton direction, which needs a line search such as "
                 f"`nks.Backtracking()`, but the solver has {solver.globalisation!r}. Solve "

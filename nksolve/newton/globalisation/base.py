@@ -84,7 +84,7 @@ class Shift(NamedTuple):
 
     **Attributes:**
 
-    - `factor`: c.
+    - `factor`: c ≥ 0.
     - `mass`: M, as a tree like y with its diagonal or a Lineax operator; `None` is the identity.
     """
 
@@ -147,10 +147,21 @@ class AbstractGlobalisation(eqx.Module, Generic[_State]):
         """Raises where the two cannot go together."""
         del linear_solver
 
-    def shift(self, state: _State) -> Shift | None:
-        """What is added to J in the linear system for the direction."""
+    def shift(self, state: _State | None) -> Shift | None:
+        """What is added to J in the linear system for the direction; for no state, before there is
+        one, anything of that form."""
         del state
         return None
+
+    @property
+    def is_line_search(self) -> bool:
+        """Whether it searches along any direction of descent that it is given."""
+        return False
+
+    @property
+    def needs_transpose(self) -> bool:
+        """Whether `start` multiplies by Jᵀ."""
+        return False
 
     def failure(self, state: _State) -> REASONS:
         """Why a solve ends where no trial point will do."""

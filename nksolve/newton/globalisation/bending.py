@@ -11,7 +11,7 @@ from ... import tree
 from ...loops import any_lane
 from ...typing import Flag, Scalar, Vector
 from ..state import Direction
-from .base import Model
+from .base import AbstractGlobalisation, Model
 from .box import Box, largest_factor, towards
 from .line_search import linear_norm_along
 
@@ -30,6 +30,15 @@ class AbstractBending(eqx.Module):
     def products(self) -> tuple[int, int]:
         """How many products with J and with Jᵀ that takes."""
         return 0, 0
+
+    @property
+    def needs_transpose(self) -> bool:
+        """Whether there is one with Jᵀ."""
+        return self.products()[1] > 0
+
+    def check(self, globalisation: AbstractGlobalisation) -> None:
+        """Raises where it cannot bend the steps of that globalisation."""
+        del globalisation
 
 
 class Projected(AbstractBending):
@@ -75,6 +84,15 @@ class ProjectedDescent(AbstractBending):
 
     def products(self) -> tuple[int, int]:
         return 1, 1
+
+    def check(self, globalisation: AbstractGlobalisation) -> None:
+        if not globalisation.is_line_search:
+            raise ValueError(
+                "`ProjectedDescent` puts the projected gradient in the place of a direction, along "
+                f"which only a line search goes: `{type(globalisation).__name__}` makes its step "
+                "of Newton's own. Take `nks.Backtracking()`, or another bending such as "
+                "`nks.Projected()`."
+            )
 
     def direction(self, bounds: Box, point: Vector, model: Model) -> tuple[Direction, Scalar]:
         found, one = model.direction, jnp.ones_like(model.norm)

@@ -51,6 +51,10 @@ class CriticalPoint(AbstractGlobalisation[_Secant]):
         if not 0 < self.min_length <= self.max_length:
             raise ValueError("`min_length` must be positive and at most `max_length`.")
 
+    @property
+    def is_line_search(self) -> bool:
+        return True
+
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _Secant:
         del variables, workspace
         one = jnp.ones_like(norm)

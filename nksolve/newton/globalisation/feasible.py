@@ -65,6 +65,7 @@ class Feasible(AbstractGlobalisation[_Inside]):
                 "`Feasible` wraps a globalisation, such as `nks.Backtracking()`, but got "
                 f"{self.globalisation!r}."
             )
+        self.bending.check(self.globalisation)
         check_order(self.lower, self.upper)
 
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _Inside:
@@ -112,8 +113,12 @@ class Feasible(AbstractGlobalisation[_Inside]):
     def check(self, linear_solver: AbstractKrylovSolver) -> None:
         self.globalisation.check(linear_solver)
 
-    def shift(self, state: _Inside) -> Shift | None:
-        return self.globalisation.shift(state.search)
+    def shift(self, state: _Inside | None) -> Shift | None:
+        return self.globalisation.shift(None if state is None else state.search)
+
+    @property
+    def needs_transpose(self) -> bool:
+        return self.globalisation.needs_transpose or self.bending.needs_transpose
 
     def failure(self, state: _Inside) -> REASONS:
         return self.globalisation.failure(state.search)

@@ -15,7 +15,7 @@ class Hookstep(AbstractBoundedStep):
     y(μ) = (H̄ᴴH̄ + μ RᴴR)⁻¹ H̄ᴴ β e₁ with ‖Z y‖ = ‖R y‖, μ by bisection. No product with J or Jᵀ, and
     a rejected trial takes another μ. It is the Levenberg–Marquardt step within that space.
 
-    Needs the basis: `nks.GMRES` without preconditioner or `nks.FGMRES`. After a restart only the
+    Needs the basis: `nks.FGMRES`, or `nks.GMRES` without preconditioner. After a restart only the
     basis of the last cycle exists, which does not hold d: the step is then d shortened to the
     radius. Choose `restart` so that a solve rarely needs a second cycle.
 
@@ -36,11 +36,11 @@ class Hookstep(AbstractBoundedStep):
 
     def check(self, linear_solver: AbstractKrylovSolver) -> None:
         plain = isinstance(linear_solver.preconditioner, Identity)
-        if isinstance(linear_solver, GMRES if plain else FGMRES):
+        if isinstance(linear_solver, FGMRES) or (plain and isinstance(linear_solver, GMRES)):
             return
         raise ValueError(
             "`Hookstep` needs the search directions of an Arnoldi process: `linear_solver=` must "
-            "be `nks.GMRES()` without a preconditioner or `nks.FGMRES(preconditioner=...)`, but it "
-            f"is {type(linear_solver).__name__} with preconditioner "
-            f"{type(linear_solver.preconditioner).__name__}. `nks.Dogleg` goes with all of them."
+            "be `nks.FGMRES(preconditioner=...)`, or `nks.GMRES()` without a preconditioner, but "
+            f"it is `{type(linear_solver).__name__}` with preconditioner "
+            f"`{type(linear_solver.preconditioner).__name__}`. `nks.Dogleg` goes with all of them."
         )

@@ -43,11 +43,11 @@ class LevenbergMarquardt(AbstractBoundedStep):
         if not isinstance(linear_solver, LSMR):
             raise ValueError(
                 "`LevenbergMarquardt` takes its steps in the Golub–Kahan space that LSMR keeps: "
-                f"pass {way}, not {type(linear_solver).__name__}. `nks.Dogleg` goes with all "
+                f"pass {way}, not `{type(linear_solver).__name__}`. `nks.Dogleg` goes with all "
                 "methods, `nks.Hookstep` with GMRES."
             )
         if linear_solver.kept == 0:
-            raise ValueError(f"`LevenbergMarquardt` needs the vectors of LSMR: pass {way}.")
+            raise ValueError(f"`LevenbergMarquardt` needs the vectors of `LSMR`: pass {way}.")
         damp = linear_solver.damp
         if not (isinstance(damp, int | float) and damp == 0):
             raise ValueError(

@@ -28,6 +28,10 @@ class AbstractLineSearch(AbstractGlobalisation[Search]):
     −1 for an exact Newton direction.
     """
 
+    @property
+    def is_line_search(self) -> bool:
+        return True
+
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> Search:
         del variables, workspace
         return begun(-jnp.ones_like(norm))

@@ -50,6 +50,10 @@ class NonMonotone(AbstractGlobalisation[_Window]):
         if self.window < 1:
             raise ValueError(f"`window` must be at least 1, but it is {self.window}.")
 
+    @property
+    def is_line_search(self) -> bool:
+        return True
+
     def init(self, variables: Vector, norm: Scalar, workspace: PyTree) -> _Window:
         del variables, workspace
         return _Window(begun(-jnp.ones_like(norm)), jnp.zeros((self.window,), norm.dtype))

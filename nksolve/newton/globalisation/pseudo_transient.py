@@ -133,8 +133,6 @@ class PseudoTransient(AbstractGlobalisation[_Transient]):
       default.
     - `max_delta`: the largest δ; 1e10 δ₀ by default.
 
-    Use right preconditioning only: a left one changes the norm that sets δ.
-
     Storage: one vector with `TTE`. Work: that of a Newton step.
 
     Source: Kelley & Keyes, SIAM J. Numer. Anal. 35(2), 1998; with a mass matrix Coffey, Kelley &
@@ -193,5 +191,6 @@ class PseudoTransient(AbstractGlobalisation[_Transient]):
         out = tree.where(accepted, new, tree.where(is_first, state, kept))
         return Judgement(finite, ~finite & (kept.trials >= self.max_trials), out)
 
-    def shift(self, state: _Transient) -> Shift:
-        return Shift(1 / state.delta, self.mass)
+    def shift(self, state: _Transient | None) -> Shift:
+        delta = jnp.asarray(self.delta_0) if state is None else state.delta
+        return Shift(1 / delta, self.mass)

@@ -78,17 +78,26 @@ class Relay(AbstractGlobalisation[RelayState]):
     def check(self, linear_solver: AbstractKrylovSolver) -> None:
         for member in self.members:
             member.check(linear_solver)
+        if sum(member.shift(None) is not None for member in self.members) > 1:
+            raise ValueError(
+                "At most one of several globalisations can add to J, as `PseudoTransient` does: "
+                "take `nks.Dogleg()` or a line search, such as `nks.NonMonotone()`, for the others."
+            )
 
-    def shift(self, state: RelayState) -> Shift | None:
-        shifts = [m.shift(s) for m, s in zip(self.members, state.members, strict=True)]
-        made = [(k, shift) for k, shift in enumerate(shifts) if shift is not None]
-        if not made:
-            return None
-        if len(made) > 1:
-            raise ValueError("At most one of several globalisations can be a `PseudoTransient`.")
-        ((k, shift),) = made
-        factor = jnp.where(state.turn == k, shift.factor, jnp.zeros_like(shift.factor))
-        return Shift(factor, shift.mass)
+    def shift(self, state: RelayState | None) -> Shift | None:
+        states = [None] * len(self.members) if state is None else state.members
+        shifts = [m.shift(s) for m, s in zip(self.members, states, strict=True)]
+        for k, shift in enumerate(shifts):
+            if shift is not None:
+                if state is None:
+                    return shift
+                factor = jnp.where(state.turn == k, shift.factor, jnp.zeros_like(shift.factor))
+                return Shift(factor, shift.mass)
+        return None
+
+    @property
+    def needs_transpose(self) -> bool:
+        return any(member.needs_transpose for member in self.members)
 
     def failure(self, state: RelayState) -> REASONS:
         reasons = [m.failure(s) for m, s in zip(self.members, state.members, strict=True)]

@@ -103,7 +103,8 @@ def _short(good: bool, reason: str) -> str:
 def _linear(system: System, solver: Any) -> Callable[[], Any]:
     @jax.jit
     def solve(b):
-        operator = lx.FunctionLinearOperator(system.mv, jax.eval_shape(lambda: b))
+        tags = _promised(solver)
+        operator = lx.FunctionLinearOperator(system.mv, jax.eval_shape(lambda: b), tags)
         solution = lx.linear_solve(operator, b, solver, throw=False)
         return eqx.tree_at(lambda s: s.state, solution, None)
 
@@ -230,7 +231,13 @@ def preconditioner_tables(*, small: bool, repeats: int) -> str:
 
 def _solved(fn: Callable, solver: nks.NewtonKrylov, y0: Any, args: Any) -> Any:
     # A hundred thousand matvecs and no root in sight are reported, not waited for.
-    return nks.root_find(fn, solver, y0, args, throw=False, max_steps=40)
+    tags = _promised(solver.linear_solver)
+    return nks.root_find(fn, solver, y0, args, throw=False, max_steps=40, tags=tags)
+
+
+def _promised(solver: Any) -> frozenset[object]:
+    """Symmetry, to who asks for it: also of matrices that have none, to see what comes of it."""
+    return frozenset({lx.symmetric_tag} if solver.needs_symmetry else ())
 
 
 def _timed(solve: Callable[[], Any], repeats: int) -> tuple[float, Any]:

@@ -44,7 +44,10 @@ def nksolve(name: str, **fields: Any) -> Competitor:
 
     def prepare(row: Row, fn: Fn) -> Solve:
         solver = nks.NewtonKrylov(rtol=row.rtol, atol=0.0, **fields)
-        return _compiled(row, lambda y, args, *_: nks.root_find(fn, solver, y, args, throw=False))
+        tags = row.tags
+        return _compiled(
+            row, lambda y, args, *_: nks.root_find(fn, solver, y, args, throw=False, tags=tags)
+        )
 
     return Competitor(name, prepare)
 

@@ -11,7 +11,7 @@ import nksolve as nks
 from nksolve.problems.bratu import bratu_residual
 from nksolve.problems.brusselator import BrusselatorArgs
 
-from .pde_cases import Case, Contender, Outcome
+from .pde_cases import TAGS, Case, Contender, Outcome
 
 
 def ours(case: Case) -> list[Contender]:
@@ -57,7 +57,8 @@ def nksolve(name: str, linear_solver: Any, **fields: Any) -> Contender:
 
         @jax.jit
         def run(y, args):
-            solution = nks.root_find(case.fn, solver, y, args, throw=False)
+            tags = TAGS[case.family]
+            solution = nks.root_find(case.fn, solver, y, args, throw=False, tags=tags)
             stats = solution.stats
             return solution.value, stats["num_steps"], stats["num_matvecs"], stats["reason"]._value
 
@@ -94,7 +95,14 @@ def sequenced(name: str, linear_solver: Any, **fields: Any) -> Contender:
         @jax.jit
         def run(y, args):
             solution = nks.grid_sequence(
-                case.fn, solver, y, args, grid=nks.VertexDirichlet(), num_levels=4, throw=False
+                case.fn,
+                solver,
+                y,
+                args,
+                grid=nks.VertexDirichlet(),
+                num_levels=4,
+                throw=False,
+                tags=TAGS[case.family],
             )
             return solution.value, solution.stats["num_steps"], solution.stats["num_matvecs"]
 

@@ -77,6 +77,21 @@ def test_a_step_without_progress():
     np.testing.assert_allclose(out.value, [0.0, 1.0], atol=1e-15)
 
 
+def test_a_negative_definite_preconditioner_does_what_its_negative_does():
+    """As that of a negative definite A is, or −I."""
+    matrix, diagonal = jnp.asarray(INDEFINITE.matrix), jnp.asarray(1.0 + np.arange(N) % 3)
+
+    @jax.jit
+    def solve(sign, b):
+        system = LinearSystem(lambda v: matrix @ v, lambda v: sign * diagonal * v, True)
+        return MINRES().solve(system, b, tolerance=1e-8, workspace=None, verify=True)
+
+    one, other = solve(1.0, INDEFINITE.rhs), solve(-1.0, INDEFINITE.rhs)
+    assert bool(other.result == lx.RESULTS.successful)
+    assert int(other.num_steps) == int(one.num_steps)
+    np.testing.assert_array_equal(other.value, one.value)
+
+
 def test_an_indefinite_preconditioner_is_a_breakdown():
     system = LinearSystem(lambda v: v, lambda v: v * jnp.where(jnp.arange(N) % 2, 1.0, -9.0), True)
     solve = lambda b: MINRES().solve(system, b, tolerance=1e-8, workspace=None)

@@ -215,6 +215,20 @@ def test_known_roots_that_depend_on_the_parameters():
     np.testing.assert_allclose(jax.grad(through)(ROOTS), [0.0, 1.0, 0.0], atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "search",
+    [nks.Damped(0.8), nks.Parabolic(), nks.NonMonotone(growth=math.inf), nks.CriticalPoint()],
+    ids=lambda s: type(s).__name__,
+)
+def test_every_line_search(search):
+    """A circle and a line: from between the two points, past the one that is known."""
+    fn = lambda y, _: jnp.stack([y @ y - 4, y[0] - y[1]])
+    known, start = jnp.full(2, 2**0.5), jnp.array([1.0, 0.3])
+    solver = Deflated(newton(globalisation=search), [known])
+    solution = nks.root_find(fn, solver, start)
+    np.testing.assert_allclose(solution.value, -known, rtol=1e-9)
+
+
 def test_other_solvers_float32_and_optimistix():
     problem = beam(15, dtype=jnp.float32)
     flat = jnp.zeros(15, jnp.float32)

@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ode", action="store_true", help="stiff integrators, with CVODE")
     parser.add_argument("--counts", action="store_true", help="equilibrium cells, no clock")
     parser.add_argument("--nonlinear", action="store_true", help="the 23 problems, no clock")
+    parser.add_argument("--honesty", action="store_true", help="how every solver ends, no clock")
     parser.add_argument("--small", action="store_true", help="tiny problems, to see that it runs")
     parser.add_argument(
         "--write", action="store_true", help="write the tables into docs/validation"
@@ -122,6 +123,10 @@ def main(argv: list[str] | None = None) -> None:
         from . import nonlinear
 
         page, text = nonlinear.PAGE, machine() + "\n\n" + nonlinear.report(**chosen)
+    elif options.honesty:
+        from . import honesty
+
+        page, text = honesty.PAGE, machine() + "\n\n" + honesty.report(**chosen)
     elif options.advice:
         from . import advice
 

@@ -26,6 +26,8 @@ PICTURE = PAGE.parent.parent / "images" / "nonlinear-profile.png"
 TOLERANCE, MOST = 1e-6, 256
 #: The systems of Moré, Garbow and Hillstrom are solved from these multiples of their start too.
 MGH, FACTORS = list(NONLINEAR_LIBRARY)[:14], (1.0, 10.0, 100.0)
+#: All problems are solved from that many random points, which no solver was fitted to.
+RANDOM = 10
 
 
 class Outcome(NamedTuple):
@@ -47,6 +49,18 @@ def start(problem: Problem, factor: float) -> Any:
         return problem.y0
     scaled = factor * problem.y0
     return jnp.where(jnp.any(problem.y0 != 0), scaled, jnp.full_like(scaled, factor))
+
+
+def starts(problem: Problem, *, small: bool) -> dict[str, Any]:
+    """All starts of a problem, by name."""
+    factors = FACTORS if problem.name in MGH and not small else FACTORS[:1]
+    found = {f"{factor:g}": start(problem, factor) for factor in factors}
+    rng = np.random.default_rng(sum(map(ord, problem.name)))
+    spread = np.maximum(np.abs(np.asarray(problem.y0)), 1.0)
+    for k in range(1 if small else RANDOM):
+        away = rng.normal(size=problem.y0.shape)
+        found[f"random {k}"] = problem.y0 + jnp.asarray(spread * away)
+    return found
 
 
 def _ours(make: Callable[[Any], Any]) -> Callable[[Problem], Any]:
@@ -157,30 +171,39 @@ SOLVERS: dict[str, Callable[[Problem], Any]] = {
 }
 
 
-def outcomes(name: str, solver: str, factors: tuple[float, ...]) -> list[Outcome]:
+def outcomes(name: str, solver: str, *, small: bool) -> dict[str, Outcome]:
     """Of a solver on a problem, for each start."""
     problem = get(name)
     run = SOLVERS[solver](problem)
-    found = []
-    for factor in factors:
-        y0 = start(problem, factor)
+    found = {}
+    for label, y0 in starts(problem, small=small).items():
         value, steps, work = run(y0)
         value = jnp.asarray(value)
         norm = float(max_norm(problem.fn(value, problem.args)))
-        found.append(Outcome(bool(norm < TOLERANCE), steps, work))
+        found[label] = Outcome(bool(norm < TOLERANCE), steps, work)
     jax.clear_caches()
     return found
 
 
 @dataclasses.dataclass
 class Table:
-    """All outcomes: problem → solver → one for each start."""
+    """All outcomes: problem → solver → start."""
 
-    cells: dict[str, dict[str, list[Outcome]]]
+    cells: dict[str, dict[str, dict[str, Outcome]]]
 
-    def solved(self, solver: str, index: int, names: list[str]) -> int:
-        """How many of the problems from that start."""
-        return sum(self.cells[name][solver][index].solved for name in names if name in self.cells)
+    @property
+    def solvers(self) -> list[str]:
+        """Their names."""
+        return list(next(iter(self.cells.values())))
+
+    def solved(self, solver: str, kind: str, names: list[str]) -> int:
+        """How many solves of these problems from starts of that kind succeed."""
+        return sum(
+            outcome.solved
+            for name in names
+            for label, outcome in self.cells[name][solver].items()
+            if label.split()[0] == kind
+        )
 
 
 def measured(only: list[str], *, small: bool) -> Table:
@@ -189,11 +212,11 @@ def measured(only: list[str], *, small: bool) -> Table:
     names, solvers = fits(NONLINEAR_LIBRARY), fits(SOLVERS)
     if small:
         names, solvers = names[3:5], solvers[:2]
-    cells: dict[str, dict[str, list[Outcome]]] = {}
+    cells: dict[str, dict[str, dict[str, Outcome]]] = {}
     for name in names:
-        factors = FACTORS if name in MGH and not small else FACTORS[:1]
-        cells[name] = {s: outcomes(name, s, factors) for s in solvers}
-        print(name, {s: [_told(o) for o in row] for s, row in cells[name].items()}, flush=True)
+        cells[name] = {s: outcomes(name, s, small=small) for s in solvers}
+        told = {s: " ".join(map(_told, row.values())) for s, row in cells[name].items()}
+        print(name, told, flush=True)
     return Table(cells)
 
 
@@ -202,18 +225,21 @@ def _told(outcome: Outcome) -> str:
 
 
 def profile(table: Table) -> None:
-    """Dolan and Moré's performance profile of the work, over all problems and starts."""
+    """Dolan and Moré's performance profile of the work, over all problems and starts that any of
+    them solves."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    solvers = list(next(iter(table.cells.values())))
+    solvers = table.solvers
     rows = [
-        [row[s][i].work if row[s][i].solved else np.inf for s in solvers]
+        [row[s][label].work if row[s][label].solved else np.inf for s in solvers]
         for row in table.cells.values()
-        for i in range(len(next(iter(row.values()))))
+        for label in row[solvers[0]]
     ]
+    # What nobody solves says nothing of the work.
+    rows = [row for row in rows if min(row) < np.inf]
     work = np.maximum(np.array(rows, float), 1.0)
     ratio = work / np.min(work, axis=1, keepdims=True)
     ratio[~np.isfinite(work)] = np.inf
@@ -234,33 +260,37 @@ def report(*, small: bool, only: list[str], repeats: int, budget: float) -> str:
     """The tables."""
     del repeats, budget
     table = measured(only, small=small)
-    names, solvers = list(table.cells), list(next(iter(table.cells.values())))
+    names, solvers = list(table.cells), table.solvers
     head = "| | " + " | ".join(solvers) + " |\n|---|" + "--:|" * len(solvers)
+    row = lambda name, cells: f"| {name} | " + " | ".join(cells) + " |"
+    counts = lambda kind, of: [table.solved(s, kind, of) for s in solvers]
+    bold = lambda numbers: [f"**{n}**" for n in numbers]
     lines = [
         "### From the standard start",
         "",
         "Steps / work; – where it was not solved.",
         "",
         head,
+        *(row(name, [_told(table.cells[name][s]["1"]) for s in solvers]) for name in names),
+        row(f"solved, of {len(names)}", bold(counts("1", names))),
     ]
-    for name in names:
-        row = [table.cells[name][s][0] for s in solvers]
-        cells = [_told(o) for o in row]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    total = [f"**{table.solved(s, 0, names)}**" for s in solvers]
-    lines.append(f"| solved, of {len(names)} | " + " | ".join(total) + " |")
     hard = [name for name in names if name in MGH]
-    if not small and hard:
-        lines += [
-            "",
-            f"### Solved of the {len(hard)} systems of Moré, Garbow and Hillstrom",
-            "",
-            head,
-        ]
-        for i, factor in enumerate(FACTORS):
-            counts = [str(table.solved(s, i, hard)) for s in solvers]
-            lines.append(f"| from {factor:g} times the start | " + " | ".join(counts) + " |")
-        sums = [str(sum(table.solved(s, i, hard) for i in range(3))) for s in solvers]
-        lines.append("| in all | " + " | ".join(sums) + " |")
-        profile(table)
+    if small or not hard:
+        return "\n".join(lines)
+    kinds = [f"{factor:g}" for factor in FACTORS]
+    lines += [
+        "",
+        f"### Solved of the {len(hard)} systems of Moré, Garbow and Hillstrom",
+        "",
+        head,
+        *(row(f"from {k} times the start", map(str, counts(k, hard))) for k in kinds),
+        row("in all", bold(sum(counts(k, hard)[i] for k in kinds) for i in range(len(solvers)))),
+        "",
+        f"### Solved from {RANDOM} random starts each",
+        "",
+        head,
+        *(row(name, map(str, counts("random", [name]))) for name in names),
+        row(f"solved, of {RANDOM * len(names)}", bold(counts("random", names))),
+    ]
+    profile(table)
     return "\n".join(lines)

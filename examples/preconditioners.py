@@ -63,7 +63,7 @@ for name, linear_solver in linear_solvers.items():
 @jax.jit
 def mean(a):
     krylov = nks.GMRES(restart=60, preconditioner=blocks)
-    solver = nks.NewtonKrylov(rtol=0.0, atol=1e-8, norm=largest, linear_solver=krylov)
+    solver = nks.NewtonKrylov(rtol=0.0, atol=1e-11, norm=largest, linear_solver=krylov)
     args = problem.args._replace(a=a)
     adjoint = nks.KrylovAdjoint(rtol=1e-9)
     return nks.root_find(problem.fn, solver, problem.y0, args, adjoint=adjoint).value[..., 1].mean()

@@ -15,7 +15,7 @@ from ..history import History, PerLeaf
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..loops import AbstractProgressMeter
 from ..newton.base import AbstractRootFinder, check_square
-from ..newton.convergence import AbstractConvergenceTest, Standing
+from ..newton.convergence import AbstractConvergenceTest, Standing, is_finite
 from ..newton.report import StepReport, told
 from ..newton.reuse import KeepLinearisation
 from ..newton.state import Best, Counters
@@ -46,6 +46,14 @@ class Work(NamedTuple):
     num_probes: Count | int = 0
 
 
+class Beside(NamedTuple):
+    """A point that was evaluated to make a proposal."""
+
+    point: Vector
+    value: Vector
+    aux: Aux
+
+
 class Proposal(NamedTuple):
     """The point to try next."""
 
@@ -53,6 +61,7 @@ class Proposal(NamedTuple):
     memory: PyTree
     work: Work = Work()
     refused: Flag | bool = False  # the trial is not gone on from, though it is finite
+    beside: Beside | None = None
 
 
 class IterationState(NamedTuple):
@@ -77,8 +86,8 @@ class AbstractIteration(AbstractRootFinder):
 
     Every proposed point with a finite residual is accepted, unless the method refuses it. After a
     residual with NaN or infinities the step is halved, at most ten times in a row. Success is
-    ‖F‖ ≤ atol + rtol ‖F₀‖ at the returned point; on failure the point of least ‖F‖₂ is returned,
-    with the reason.
+    ‖F‖ ≤ atol + rtol ‖F₀‖ at the returned point; on failure the point of least ‖F‖₂ among those
+    proposed, and those that a method evaluates beside them, is returned, with the reason.
 
     Laws for subclasses: `propose` takes nothing from a trial that is not accepted, and for a lane
     that has stopped it may return anything.
@@ -157,7 +166,7 @@ class AbstractIteration(AbstractRootFinder):
         lin = at(trial)
         norm, test_norm = tree.norm2(lin.value), self.norm(lin.value)
         is_first = state.trial == 0
-        finite = jnp.isfinite(norm) & jnp.isfinite(test_norm)
+        finite = is_finite(trial, norm, test_norm)
         accepted, refused = running & finite, running & ~finite
         halvings = jnp.where(finite, 0, state.halvings + 1)
         least = accepted & (norm < state.best.norm)
@@ -178,11 +187,13 @@ class AbstractIteration(AbstractRootFinder):
         )
         kept = accepted & ~jnp.asarray(next_point.refused)
         improved = least | (accepted & stop & is_success(reason))
+        best = tree.where(improved, Best(trial, norm, test_norm, lin.aux), state.best)
+        best = self._or_beside(best, next_point.beside, wanted)
         halfway = tree.axpy(0.5, tree.sub(trial, variables), variables)
         new = IterationState(
             trial=state.trial + 1,
             proposed=tree.where(wanted, next_point.point, tree.where(refused, halfway, trial)),
-            best=tree.where(improved, Best(trial, norm, test_norm, lin.aux), state.best),
+            best=best,
             initial_norm=initial_norm,
             steps_since_best=since_best,
             halvings=halvings,
@@ -250,6 +261,14 @@ class AbstractIteration(AbstractRootFinder):
         """atol + rtol ‖F₀‖."""
         atol = jnp.asarray(self.atol).astype(initial_norm.dtype)
         return atol + jnp.asarray(self.rtol).astype(initial_norm.dtype) * initial_norm
+
+    def _or_beside(self, best: Best, beside: Beside | None, wanted: Flag) -> Best:
+        """The better of two points, of which the second is there where `wanted`."""
+        if beside is None:
+            return best
+        norm, test_norm = tree.norm2(beside.value), self.norm(beside.value)
+        better = wanted & is_finite(beside.point, norm, test_norm) & (norm < best.norm)
+        return tree.where(better, Best(beside.point, norm, test_norm, beside.aux), best)
 
     def _counted(
         self, state: IterationState, running: Flag, kept: Flag, wanted: Flag, work: Work

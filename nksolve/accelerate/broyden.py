@@ -18,6 +18,7 @@ from ..loops import AbstractProgressMeter, NoProgressMeter
 from ..newton.convergence import AbstractConvergenceTest, ResidualTest
 from ..newton.report import StepReport
 from ..newton.reuse import AbstractReuse, Relinearise
+from ..newton.scaling.units import refusal
 from ..typing import Count, Flag, Norm, Scalar, ScalarLike, Vector
 from .base import AbstractIteration, Proposal, Trial
 from .low_rank import AbstractForgetting, LowRankInverse, Restart, relative_size
@@ -248,3 +249,10 @@ class BadBroyden(AbstractBroyden):
 
 def _told(inverse: LowRankInverse) -> str:
     return str(tree.structure(inverse.left.row(jnp.zeros((), jnp.int32))))
+
+
+@refusal.register
+def _(part: AbstractBroyden, congruent: bool) -> str | None:
+    if part.inverse is None:
+        return None
+    return "its `inverse` is that of a solve in the units of the problem."

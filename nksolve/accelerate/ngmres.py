@@ -18,7 +18,7 @@ from ..newton.convergence import AbstractConvergenceTest, ResidualTest
 from ..newton.report import StepReport
 from ..newton.reuse import AbstractReuse, Relinearise
 from ..typing import Count, Flag, Norm, Scalar, ScalarLike, Vector
-from .base import AbstractIteration, Proposal, Trial, Work
+from .base import AbstractIteration, Beside, Proposal, Trial, Work
 from .qr_window import AbstractColumnFilter, ConditionFilter, Window
 
 
@@ -62,7 +62,8 @@ class NGMRES(AbstractIteration):
     - `norm`, `convergence`, `linear_solver`, `policy`, `history_length`, `progress_meter`,
       `verbose`: as for `nks.Anderson`.
 
-    The residual test is made at the x^A. `stats["num_restarts"]` counts the restarts.
+    The residual test is made at the x^A, which are what `history` shows; an x^M may be the point
+    that a failure returns. `stats["num_restarts"]` counts the restarts.
 
     Storage: 2 m + 6 vectors. Work of a step: two evaluations, eight passes over the differences of
     residuals, three over those of points.
@@ -129,8 +130,13 @@ class NGMRES(AbstractIteration):
         products = _shifted(old.products, window.products(tree.where(usable, dx, tree.sub(x, x))))
 
         candidate = tree.axpy(self.damping, f, x)
-        value = lax.cond(any_lane(wanted), lambda: trial.linearise(candidate).value, lambda: f)
-        value_norm = tree.norm2(value)
+        shown = lambda lin: Beside(candidate, lin.value, lin.aux)
+        beside = lax.cond(
+            any_lane(wanted),
+            lambda: shown(trial.linearise(candidate)),
+            lambda: shown(trial.linearisation),
+        )
+        value, value_norm = beside.value, tree.norm2(beside.value)
         finite = jnp.isfinite(value_norm)
         value = tree.where(finite, value, f)
         step, change = tree.sub(candidate, x), tree.sub(value, f)
@@ -161,7 +167,7 @@ class NGMRES(AbstractIteration):
         new = tree.where(accepted, new._replace(window=None, products=None),
                          old._replace(window=None, products=None))  # fmt: skip
         new = new._replace(window=ring[0], products=ring[1])
-        return Proposal(mixed, new, Work(num_fn_evals=1))
+        return Proposal(mixed, new, Work(num_fn_evals=1), beside=beside)
 
     def report(self, memory: PyTree) -> dict[str, Any]:
         """How often the points were forgotten."""

@@ -15,7 +15,7 @@ from ..krylov.base import AbstractKrylovSolver
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..linearise.policies import AbstractPolicy
 from ..newton.base import AbstractRootFinder
-from ..newton.convergence import Standing
+from ..newton.convergence import Standing, is_finite
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.state import Best, Counters, NewtonState
 from ..precondition.base import join, split
@@ -65,8 +65,9 @@ class PreconditionedState(NamedTuple):
 class AbstractNonlinearlyPreconditioned(AbstractRootFinder):
     """Newton–Krylov with another solver inside.
 
-    Success is ‖F‖ ≤ atol + rtol ‖F(y₀)‖ of the residual itself at the returned point; on failure
-    the point of least ‖F‖₂ among those evaluated is returned, with the reason.
+    Success is ‖F‖ ≤ atol + rtol ‖F(y₀)‖ of the residual itself at the returned point, with N(y₀)
+    for y₀ where F is not finite at y₀; on failure the point of least ‖F‖₂ among those evaluated
+    (but for those inside of N) is returned, with the reason.
     """
 
     solver: AbstractVar[NewtonKrylov]
@@ -165,16 +166,15 @@ class AbstractNonlinearlyPreconditioned(AbstractRootFinder):
         accepted = running & (is_first | (new.counters.num_steps > old.counters.num_steps))
         variables = tree.where(accepted, tried.point, variables)
 
-        # The residual test is relative to F(y₀), wherever y₀ was moved to.
-        initial_norm = jnp.where(is_first, tried.start_norm, new.initial_norm)
+        # The residual test is relative to F(y₀), wherever y₀ was moved to, if that is finite.
+        start_norm = jnp.where(jnp.isfinite(tried.start_norm), tried.start_norm, test_norm)
+        initial_norm = jnp.where(is_first, start_norm, new.initial_norm)
         atol = jnp.asarray(self.atol).astype(norm.dtype)
         target = self.solver.target(initial_norm)
         none = jnp.zeros((), jnp.int32)
         _, reason = self.solver.convergence(Standing(test_norm, initial_norm, atol, target, none))
-        holds = running & is_first & is_success(reason)
-        reason = REASONS.where(holds, reason, new.reason)
-
-        finite = running & jnp.isfinite(norm) & jnp.isfinite(test_norm)
+        finite = running & is_finite(tried.point, norm, test_norm)
+        reason = REASONS.where(finite & is_first & is_success(reason), reason, new.reason)
         improved = finite & ((norm < state.best.norm) | is_success(reason))
         found = Best(tried.point, norm, test_norm, tried.aux)
         state = PreconditionedState(
@@ -276,7 +276,7 @@ class RightPreconditioned(AbstractNonlinearlyPreconditioned):
         norms = tree.norm2(there.value), self.norm(there.value)
         # Where F is NaN at y, anything finite is better.
         grown = (norms[0] > tree.norm2(here.value)) | (norms[1] > start_norm)
-        moved = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1]) & ~grown
+        moved = is_finite(point, *norms) & ~grown
         lin = _selected(moved, there, here)
         point = tree.where(moved, point, variables)
         return Tried(point, lin.value, lin.aux, moved, lin, start_norm, work, 0)

@@ -4,13 +4,16 @@ import abc
 from typing import NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
 
+from .. import tree
 from ..results import REASONS, first_of
-from ..typing import Count, Flag, Scalar
+from ..typing import Count, Flag, Scalar, Vector
 
 
 class Standing(NamedTuple):
-    """What a convergence test sees at an accepted point; norms are those of the residual test."""
+    """What a convergence test sees at a trial point; norms are those of the residual test."""
 
     norm: Scalar  # ‖F‖
     initial_norm: Scalar  # ‖F₀‖
@@ -20,7 +23,8 @@ class Standing(NamedTuple):
 
 
 class AbstractConvergenceTest(eqx.Module):
-    """Says whether to stop at an accepted point, and with which reason."""
+    """Says whether to stop at a point, and with which reason; success counts at every trial point,
+    other reasons at accepted ones."""
 
     @abc.abstractmethod
     def __call__(self, standing: Standing) -> tuple[Flag, REASONS]:
@@ -45,7 +49,8 @@ class ResidualTest(AbstractConvergenceTest):
 
     def __call__(self, standing: Standing) -> tuple[Flag, REASONS]:
         absolute = standing.norm <= standing.atol
-        relative = standing.norm <= standing.target
+        # Nothing is small beside an infinite ‖F₀‖.
+        relative = (standing.norm <= standing.target) & jnp.isfinite(standing.initial_norm)
         diverged = standing.norm > self.divergence * standing.initial_norm
         stagnated = standing.steps_since_best >= self.patience
         reason = first_of(
@@ -56,3 +61,19 @@ class ResidualTest(AbstractConvergenceTest):
             otherwise=REASONS.iterating,
         )
         return absolute | relative | diverged | stagnated, reason
+
+
+def is_finite(point: Vector, norm: Scalar, test_norm: Scalar) -> Flag:
+    """Whether a trial may count at all: the point, ‖F‖₂ there and the norm of the residual test.
+
+    F may well be finite, or zero, at a point with an infinite entry, which is no root.
+    """
+    return jnp.isfinite(tree.max_norm(point)) & jnp.isfinite(norm) & jnp.isfinite(test_norm)
+
+
+def stands_still(step: Vector, variables: Vector, step_tol: float | None) -> Flag:
+    """Whether a step changes no entry by more than `step_tol` of itself; by default the unit
+    round-off."""
+    tol = tree.eps(variables) if step_tol is None else step_tol
+    flags = jtu.tree_map(lambda s, y: jnp.all(jnp.abs(s) <= tol * jnp.abs(y)), step, variables)
+    return jnp.stack(jtu.tree_leaves(flags) or [jnp.array(True)]).all()

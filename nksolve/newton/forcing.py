@@ -123,7 +123,8 @@ def _guarded(
 ) -> Scalar:
     eta = jnp.where(floor > rule.threshold, jnp.maximum(eta, floor), eta)
     eta = jnp.where(progress.is_first, jnp.full_like(eta, rule.eta_0), eta)
-    return jnp.clip(jnp.maximum(eta, 0.5 * progress.target), 0.0, rule.eta_max)
+    # A tolerance that is NaN bounds nothing.
+    return jnp.clip(jnp.fmax(eta, 0.5 * progress.target), 0.0, rule.eta_max)
 
 
 def check_unit(name: str, value: float) -> None:

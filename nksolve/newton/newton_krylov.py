@@ -5,7 +5,6 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
 from jaxtyping import PyTree
@@ -24,9 +23,9 @@ from ..results import REASONS, first_of, is_success, to_optimistix
 from ..typing import Args, Aux, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
 from .base import AbstractRootFinder, check_square
 from .composition import check_start, solved_with
-from .convergence import AbstractConvergenceTest, ResidualTest, Standing
+from .convergence import AbstractConvergenceTest, ResidualTest, Standing, is_finite, stands_still
 from .forcing import AbstractForcing, Progress
-from .globalisation.base import AbstractGlobalisation, Linear, Model, Trial
+from .globalisation.base import AbstractGlobalisation, Linear, Model, Trial, merit
 from .globalisation.line_search import Backtracking
 from .preconditioning import carried_arrays, matvecs_per_application, refreshed
 from .report import Choice, StepReport, print_choice, told
@@ -203,7 +202,7 @@ class NewtonKrylov(AbstractRootFinder):
         reason = first_of(
             (verdict.reason != REASONS.iterating, verdict.reason),
             (verdict.solve & ~(found.residual < 0.999), REASONS.linear_solve_failed),
-            (self._changes_nothing(next_step, variables), REASONS.step_small),
+            (stands_still(next_step, variables, self.step_tol), REASONS.step_small),
             otherwise=REASONS.iterating,
         )
         new = state._replace(
@@ -339,21 +338,23 @@ class NewtonKrylov(AbstractRootFinder):
         linear: Callable[[], Linear],
     ) -> Verdict:
         is_first = jnp.isinf(state.norm)
-        finite = jnp.isfinite(norm) & jnp.isfinite(test_norm)
-        merit = jnp.where(finite, norm / state.norm, jnp.inf)  # 0 at the initial point
+        finite = is_finite(trial, norm, test_norm)
+        phi = merit(norm, state.norm, finite)  # 0 at the initial point
         judged = self.globalisation.judge(
             state.search,
-            Trial(trial, value, merit, state.direction.vector, running, linear),
+            Trial(trial, value, phi, state.direction.vector, running, linear),
         )
-        accepted = running & finite & judged.accepted
-        failed = running & ~accepted & (judged.failed | is_first)
-        least = running & finite & (norm < state.best.norm)
-        since_best = jnp.where(least, 0, state.steps_since_best + tree.count(accepted))
+        tried = running & finite
+        stands, least = tried & judged.accepted, tried & (norm < state.best.norm)
+        since_best = jnp.where(least, 0, state.steps_since_best + tree.count(stands))
         initial_norm = jnp.where(state.trial == 0, test_norm, state.initial_norm)
         atol = jnp.asarray(self.atol).astype(norm.dtype)
         stop, reason = self.convergence(
             Standing(test_norm, initial_norm, atol, self.target(initial_norm), since_best)
         )
+        # A root is one, whatever the globalisation thinks of the way there.
+        accepted = stands | (tried & is_success(reason))
+        failed = running & ~accepted & (judged.failed | is_first)
         return Verdict(
             accepted=accepted,
             solve=accepted & ~stop,
@@ -380,11 +381,6 @@ class NewtonKrylov(AbstractRootFinder):
             target=self.target(initial_norm) / test_norm,
             length=self.globalisation.held_length(state.search),
         )
-
-    def _changes_nothing(self, step: Vector, variables: Vector) -> Flag:
-        tol = tree.eps(variables) if self.step_tol is None else self.step_tol
-        flags = jtu.tree_map(lambda s, y: jnp.all(jnp.abs(s) <= tol * jnp.abs(y)), step, variables)
-        return jnp.stack(jtu.tree_leaves(flags) or [jnp.array(True)]).all()
 
 
 def _real(variables: Vector, tags: frozenset[object]) -> bool:

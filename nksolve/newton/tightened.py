@@ -62,6 +62,6 @@ class Tightened(AbstractForcing[_Streak]):
         streak = jnp.where(in_vain, jnp.full_like(zero, -self.rest), streak)
         streak = jnp.where(progress.is_first, zero, streak)
         # As tight as the residual test can use, and no tighter.
-        most = jnp.maximum(jnp.full_like(eta, self.tight), 0.5 * progress.target)
+        most = jnp.fmax(jnp.full_like(eta, self.tight), 0.5 * progress.target)
         eta = jnp.where(streak >= self.patience, jnp.minimum(eta, most), eta)
         return eta, _Streak(streak, inner)

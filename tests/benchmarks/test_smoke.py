@@ -1,6 +1,6 @@
 """The benchmark still runs; nothing here looks at a time."""
 
-from benchmarks import nonlinear
+from benchmarks import honesty, nonlinear
 from benchmarks.choices import competitors
 from benchmarks.rows import rows
 from benchmarks.table import solve_table
@@ -31,3 +31,14 @@ def test_the_nonlinear_table_is_made():
     assert robust == newton
     assert "/" in newton
     assert "**2** | **2**" in lines[-1]
+
+
+def test_the_table_of_ends_is_made():
+    text = honesty.report(small=True, only=["Backtracking", "Picard"], repeats=1, budget=10.0)
+    lines = text.splitlines()
+    told = [line.split("|") for line in lines if line.startswith(("| Backtracking", "| Picard"))]
+    assert len(told) == 4  # two solvers in two dtypes
+    for row in told:
+        assert int(row[2]) == sum(map(int, row[3:-2])) and int(row[-2]) == 0
+    solves = sum(int(row[2]) for row in told)
+    assert f"**{solves:,} solves" in lines[0] and "0 broken" in lines[0]

@@ -1,4 +1,5 @@
-"""Tools for the tests: run-time counters, jaxpr and HLO readers, a gallery of matrices."""
+"""Tools for the tests: run-time counters, jaxpr and HLO readers, a gallery of matrices, bounds of
+rounding errors."""
 
 from .counting import Count as Count, Counter as Counter
 from .gallery import GALLERY as GALLERY, Case as Case
@@ -14,3 +15,4 @@ from .jaxprs import (
     square_values as square_values,
     walk as walk,
 )
+from .rounding import rounding_bound as rounding_bound

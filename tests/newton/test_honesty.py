@@ -9,6 +9,7 @@ import pytest
 
 import nksolve as nks
 
+from .catalogue import SOLVERS, Wanted
 from .solving import SUCCESS, all_finite, reason, rows, run
 
 
@@ -20,12 +21,32 @@ def _residual(y, args):
     return jnp.where(beyond, jnp.full_like(value, jnp.nan), value)
 
 
+def _newton(globalisation, **fields):
+    return lambda want: nks.NewtonKrylov(
+        want.rtol,
+        want.atol,
+        globalisation=globalisation,
+        history_length=want.recorded,
+        **fields,
+    )
+
+
 # Few structures, as each is compiled; everything else varies through arrays.
 STRUCTURES = {
-    "one": (1, jnp.float64, nks.Backtracking()),
-    "six": (6, jnp.float64, nks.Parabolic()),
-    "single": (3, jnp.float32, nks.Backtracking()),
-    "complex": (2, jnp.complex128, nks.FullStep()),
+    "one": (1, jnp.float64, _newton(nks.Backtracking())),
+    "six": (6, jnp.float64, _newton(nks.Parabolic())),
+    "single": (3, jnp.float32, _newton(nks.Backtracking())),
+    "complex": (2, jnp.complex128, _newton(nks.FullStep())),
+    "dogleg": (3, jnp.float64, SOLVERS["Dogleg"]),
+    "hookstep": (3, jnp.float32, SOLVERS["Hookstep"]),
+    "levenberg-marquardt": (3, jnp.float64, SOLVERS["LevenbergMarquardt"]),
+    "error": (3, jnp.float64, SOLVERS["NLEQErr"]),
+    "transient": (3, jnp.float32, SOLVERS["PseudoTransient"]),
+    "feasible": (3, jnp.float64, SOLVERS["Feasible"]),
+    "scaled": (3, jnp.float32, SOLVERS["Scaled"]),
+    "robust": (2, jnp.float64, SOLVERS["Robust"]),
+    "robust-complex": (2, jnp.complex128, SOLVERS["Robust"]),
+    "broyden": (3, jnp.float64, SOLVERS["Broyden"]),
 }
 
 
@@ -64,24 +85,25 @@ def cases(draw, n, dtype):
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=100)
 @hypothesis.given(data=st.data())
 def test_never_a_false_success(name, data):
-    n, dtype, globalisation = STRUCTURES[name]
+    n, dtype, make = STRUCTURES[name]
     y0, args, rtol, atol = data.draw(cases(n, dtype))
-    solver = nks.NewtonKrylov(
-        jnp.asarray(rtol), jnp.asarray(atol), globalisation=globalisation, history_length=32
-    )
-    solution = run(_residual, solver, y0, args, max_steps=25)
+    most = 60 if "robust" in name else 25
+    solver = make(Wanted(jnp.asarray(rtol), jnp.asarray(atol), y0, most + 7, n))
+    solution = run(_residual, solver, y0, args, max_steps=most)
     assert solution.value.dtype == dtype and solution.value.shape == (n,)
     assert all_finite(solution.value)
 
     evaluate = jax.jit(_residual)
-    start, end = (np.linalg.norm(np.asarray(evaluate(y, args))) for y in (y0, solution.value))
+    sizes = np.asarray(solution.stats["scaling"].residual if name == "scaled" else np.ones(n))
+    norm = lambda f: np.linalg.norm(np.asarray(f) / sizes)
+    start, end = (norm(evaluate(y, args)) for y in (y0, solution.value))
     y = np.abs(np.asarray(solution.value, np.complex128))
     terms = (np.abs(args[k]) for k in ("b", "A", "c", "d"))
     b, matrix, c, d = terms
-    size = float(args["s"]) * np.linalg.norm(b + matrix @ y + c * y**2 + d)
+    size = float(args["s"]) * norm(b + matrix @ y + c * y**2 + d)
     rounding = 20 * n * float(jnp.finfo(dtype).eps) * size
     norms = rows(solution)["norm"]
     if np.isfinite(start):

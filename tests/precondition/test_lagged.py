@@ -40,7 +40,7 @@ def _structure():
     return nks.linearise(lambda y, _: y, jnp.zeros(N)).operator
 
 
-def _solver(preconditioner, eta=1e-2):
+def _solver(preconditioner, eta=1e-2, **kwargs):
     krylov = nks.GMRES(rtol=1e-10, preconditioner=preconditioner)
     return nks.NewtonKrylov(
         rtol=1e-11,
@@ -48,6 +48,7 @@ def _solver(preconditioner, eta=1e-2):
         linear_solver=krylov,
         forcing=nks.ConstantForcing(eta),
         history_length=40,
+        **kwargs,
     )
 
 
@@ -129,7 +130,8 @@ def test_refreshed_by_growth_in_newton():
 def test_a_batch_is_refreshed_as_one():
     """Values as alone; refreshed where any lane is due, so that lanes count alike while running."""
     ks = jnp.stack([K / 40, K, 50 * K])
-    solve = _run(Lagged(_Probing(), max_age=2))
+    # With full steps every trial of a lane that runs asks for a direction.
+    solve = _run(Lagged(_Probing(), max_age=2), globalisation=nks.FullStep())
     values, stats = jax.jit(jax.vmap(solve))(ks)
     steps = stats["num_steps"].tolist()
     assert len(set(steps)) > 1

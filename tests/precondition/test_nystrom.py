@@ -102,7 +102,11 @@ def test_through_newton():
     def solve(preconditioner, x):
         krylov = nks.GMRES(rtol=1e-10, restart=30, preconditioner=preconditioner)
         solver = nks.NewtonKrylov(
-            rtol=1e-9, atol=1e-12, linear_solver=krylov, forcing=nks.ConstantForcing(1e-6)
+            rtol=1e-9,
+            atol=1e-12,
+            linear_solver=krylov,
+            forcing=nks.ConstantForcing(1e-6),
+            globalisation=nks.FullStep(),
         )
         start = {"a": jnp.zeros(n), "b": jnp.zeros(2)}
         solution = nks.root_find(_layer, solver, start, (w, x))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
+import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import PyTree
 
@@ -90,6 +91,12 @@ class Shift(NamedTuple):
 
     factor: Scalar
     mass: Any
+
+
+def merit(norm: Scalar, before: Scalar, finite: Flag) -> Scalar:
+    """‖F(y + s)‖₂/‖F(y)‖₂ as a trial has it: finite where F is, though the ratio may overflow."""
+    ratio = jnp.minimum(norm / before, jnp.finfo(norm.dtype).max)
+    return jnp.where(finite, ratio, jnp.inf)
 
 
 class Judgement(NamedTuple):

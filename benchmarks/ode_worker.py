@@ -38,12 +38,12 @@ def answers(asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
             yield gradients.measure(known, row, **measured)
             return
-        from . import ode_ours, ode_peers
+        from . import ode_ours, ode_peers, ode_references as references
         from .ode_timing import curve
 
-        reference = problems.reference(known, Path(asked["store"]))
+        reference = references.reference(known, Path(asked["store"]))
         if row is None:
-            yield {"checked": problems.checked(known, Path(asked["store"]))}
+            yield {"checked": references.checked(known, Path(asked["store"]))}
             return
         module = ode_peers if row.startswith(("SciPy", "CVODE")) else ode_ours
         runner = module.runner(known, row)

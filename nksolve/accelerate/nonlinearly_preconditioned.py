@@ -11,16 +11,15 @@ from equinox import AbstractVar
 from jaxtyping import Array
 
 from .. import tree
-from ..krylov.base import AbstractKrylovSolver
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..linearise.policies import AbstractPolicy
-from ..newton.base import AbstractRootFinder
+from ..newton.base import AbstractWrapper
 from ..newton.convergence import Standing, is_finite
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.state import Best, Counters, NewtonState
 from ..precondition.base import join, split
 from ..results import REASONS, is_success
-from ..typing import Args, Aux, Count, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
+from ..typing import Args, Aux, Count, Flag, Fn, Scalar, Vector, Y
 from .nonlinear_preconditioner import (
     InnerWork,
     NonlinearPreconditioner,
@@ -62,7 +61,7 @@ class PreconditionedState(NamedTuple):
     further: Count
 
 
-class AbstractNonlinearlyPreconditioned(AbstractRootFinder):
+class AbstractNonlinearlyPreconditioned(AbstractWrapper):
     """Newton–Krylov with another solver inside.
 
     Success is ‖F‖ ≤ atol + rtol ‖F(y₀)‖ of the residual itself at the returned point, with N(y₀)
@@ -89,31 +88,6 @@ class AbstractNonlinearlyPreconditioned(AbstractRootFinder):
     @abc.abstractmethod
     def promised(self, tags: frozenset[object]) -> frozenset[object]:
         """The tags of that residual's Jacobian."""
-
-    @property
-    def rtol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.rtol
-
-    @property
-    def atol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.atol
-
-    @property
-    def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.norm
-
-    @property
-    def policy(self) -> AbstractPolicy:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.policy
-
-    @property
-    def linear_solver(self) -> AbstractKrylovSolver:  # pyright: ignore
-        """Of the solver."""
-        return self.solver.linear_solver
 
     def init(
         self,

@@ -14,7 +14,7 @@ from .. import tree
 from ..krylov.base import AbstractKrylovSolver
 from ..linearise.policies import AbstractPolicy
 from ..loops import any_lane
-from ..typing import Args, Aux, Fn, Y
+from ..typing import Args, Aux, Fn, Norm, ScalarLike, Y
 from .reuse import AbstractReuse, KeepLinearisation
 
 
@@ -34,6 +34,42 @@ class AbstractRootFinder(optx.AbstractRootFinder):
     linear_solver: AbstractVar[AbstractKrylovSolver]
     #: Where derivatives take their linearisation from, unless the adjoint says.
     reuse: ClassVar[AbstractReuse] = KeepLinearisation()
+
+
+class AbstractWrapper(AbstractRootFinder):
+    """A root finder around another, which has the other's tolerances, norm, and means."""
+
+    solver: AbstractVar[Any]
+
+    @property
+    def rtol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the solver."""
+        return self.solver.rtol
+
+    @property
+    def atol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the solver."""
+        return self.solver.atol
+
+    @property
+    def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the solver, for the residuals that it sees."""
+        return self.solver.norm
+
+    @property
+    def policy(self) -> AbstractPolicy:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the solver."""
+        return self.solver.policy
+
+    @property
+    def linear_solver(self) -> AbstractKrylovSolver:  # pyright: ignore
+        """Of the solver."""
+        return self.solver.linear_solver
+
+    @property
+    def reuse(self) -> AbstractReuse:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the solver."""
+        return self.solver.reuse
 
 
 def iterate(

@@ -8,11 +8,8 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import PyTree
 
-from ..krylov.base import AbstractKrylovSolver
-from ..linearise.policies import AbstractPolicy
-from ..typing import Args, Aux, Count, Flag, Fn, Norm, ScalarLike, Y
-from .base import AbstractRootFinder
-from .reuse import AbstractReuse
+from ..typing import Args, Aux, Count, Flag, Fn, Y
+from .base import AbstractRootFinder, AbstractWrapper
 
 
 class RecordedState(NamedTuple):
@@ -23,7 +20,7 @@ class RecordedState(NamedTuple):
     iterates: PyTree
 
 
-class Recorded(AbstractRootFinder):
+class Recorded(AbstractWrapper):
     """A solver whose iterates after given trials are put in `stats["iterates"]`.
 
     They are the accepted points after these trials (the last, where the solve stopped before),
@@ -45,36 +42,6 @@ class Recorded(AbstractRootFinder):
             raise TypeError(f"`Recorded` wraps nksolve's solvers, but got {self.solver!r}.")
         if list(self.trials) != sorted(set(self.trials)) or any(t < 0 for t in self.trials):
             raise ValueError(f"`trials` must be increasing and not negative: {self.trials}.")
-
-    @property
-    def rtol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.rtol
-
-    @property
-    def atol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.atol
-
-    @property
-    def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.norm
-
-    @property
-    def policy(self) -> AbstractPolicy:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.policy
-
-    @property
-    def linear_solver(self) -> AbstractKrylovSolver:  # pyright: ignore
-        """Of the solver."""
-        return self.solver.linear_solver
-
-    @property
-    def reuse(self) -> AbstractReuse:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.reuse
 
     def init(
         self,

@@ -14,17 +14,17 @@ from ..krylov.base import AbstractKrylovSolver
 from ..linearise.linearisation import AbstractLinearisable, Linearisation, linearise
 from ..linearise.operator import AbstractLinearMap, JacobianOperator
 from ..linearise.policies import AbstractPolicy
-from ..newton.base import AbstractRootFinder
+from ..newton.base import AbstractWrapper
 from ..newton.globalisation.base import AbstractGlobalisation, Judgement, Model, Trial
 from ..newton.newton_krylov import NewtonKrylov
 from ..newton.scaling.units import refusal
 from ..newton.state import Direction, NewtonState
 from ..results import REASONS
-from ..typing import Args, Aux, Count, Flag, Fn, Norm, Scalar, ScalarLike, Vector, Y
+from ..typing import Args, Aux, Count, Flag, Fn, Scalar, Vector, Y
 from .deflation import Deflation
 
 
-class Deflated(AbstractRootFinder):
+class Deflated(AbstractWrapper):
     """Newton–Krylov for roots other than known ones, by linear solves with J alone.
 
     Newton's method for G = m F of `nks.deflate`. The step of G is a multiple of that of F: with
@@ -75,31 +75,6 @@ class Deflated(AbstractRootFinder):
             )
         self.solver = solver
         self.deflation = Deflation(roots, power, shift, scale)
-
-    @property
-    def rtol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.rtol
-
-    @property
-    def atol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.atol
-
-    @property
-    def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.norm
-
-    @property
-    def policy(self) -> AbstractPolicy:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.policy
-
-    @property
-    def linear_solver(self) -> AbstractKrylovSolver:  # pyright: ignore
-        """Of the solver."""
-        return self.solver.linear_solver
 
     @property
     def newton(self) -> NewtonKrylov:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import ode, ode_ours, ode_peers, ode_timing as timing
-from benchmarks.ode_problems import problem, reference
+from benchmarks.ode_problems import problem
+from benchmarks.ode_references import reference
 from benchmarks.ode_tables import compared, seconds_at, tables
 
 

@@ -9,12 +9,9 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import PyTree
 
-from ...krylov.base import AbstractKrylovSolver
-from ...linearise.policies import AbstractPolicy
 from ...linearise.tags import holomorphic_tag
-from ...typing import Args, Aux, Flag, Fn, Norm, ScalarLike, Y
-from ..base import AbstractRootFinder
-from ..reuse import AbstractReuse
+from ...typing import Args, Aux, Flag, Fn, Y
+from ..base import AbstractRootFinder, AbstractWrapper
 from .sizes import (
     AbstractResidualSizes,
     AbstractSizes,
@@ -34,7 +31,7 @@ class ScaledState(NamedTuple):
     scaling: Scaling
 
 
-class Scaled(AbstractRootFinder):
+class Scaled(AbstractWrapper):
     """Solves F̂(û) = S_F⁻¹ F(S_u û) = 0 by any of nksolve's root finders, and returns u = S_u û.
 
     S_u and S_F are diagonals of typical sizes of the unknowns and of the equations (KINSOL's D_u
@@ -93,36 +90,6 @@ class Scaled(AbstractRootFinder):
                 "residual only. Give sizes, or `nks.EntrySizes()` or `nks.LeafSizes()`."
             )
         _check_parts(self.solver, isinstance(self.residual, Congruent))
-
-    @property
-    def rtol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.rtol
-
-    @property
-    def atol(self) -> ScalarLike:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.atol
-
-    @property
-    def norm(self) -> Norm:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver; of scaled residuals."""
-        return self.solver.norm
-
-    @property
-    def policy(self) -> AbstractPolicy:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.policy
-
-    @property
-    def linear_solver(self) -> AbstractKrylovSolver:  # pyright: ignore
-        """Of the solver, for J as the user knows it."""
-        return self.solver.linear_solver
-
-    @property
-    def reuse(self) -> AbstractReuse:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of the solver."""
-        return self.solver.reuse
 
     def init(
         self,
